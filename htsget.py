@@ -1,0 +1,1810 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The htsget.py developers
+"""Fetch slices of BAM, CRAM, VCF and BCF files over the GA4GH htsget protocol.
+
+An htsget server answers a request with a ticket: a JSON list of data blocks, each a
+URL (a byte range of a file, or a ``data:`` URI) with the headers it needs. The file
+that was asked for is the concatenation of the blocks. This module asks for the
+ticket, fetches the blocks and joins them. It is one file, needs the standard library
+only, and works on CPython 3.6 and later.
+
+Library use:
+
+    import htsget
+
+    # To a path: "NA12878.bam" appears when, and only when, it is complete.
+    htsget.get("https://example.org/reads/NA12878", "NA12878.bam",
+               reference_name="chr1", start=0, end=100000, data_format="BAM")
+
+    # To any binary file object.
+    with open("NA12878.bam", "wb") as output:
+        htsget.get("https://example.org/reads/NA12878", output)
+
+    # The ticket by itself.
+    ticket = htsget.get_ticket("https://example.org/reads/NA12878")
+
+Command line:
+
+    python -m htsget https://example.org/reads/NA12878 -O NA12878.bam
+    python3 htsget.py --help
+
+What ``get`` returns from without an exception is exactly the concatenation of the
+ticket's data blocks. Everything that goes wrong between here and the servers is an
+`HtsgetException`; errors of the output (disk full, broken pipe) are the `OSError`
+they are.
+"""
+
+import argparse
+import base64
+import binascii
+import email.utils
+import hashlib
+import http.client
+import io
+import json
+import logging
+import operator
+import os
+import random
+import re
+import ssl
+import stat
+import sys
+import time
+import urllib.parse
+import urllib.request
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "ClientError",
+    "ContentLengthMismatch",
+    "DataBlock",
+    "HtsgetException",
+    "IntegrityError",
+    "ProtocolError",
+    "Region",
+    "RequestError",
+    "RetryableError",
+    "RetryableIOError",
+    "Ticket",
+    "get",
+    "get_ticket",
+    "main",
+]
+
+_log = logging.getLogger("htsget")
+
+
+# ---- constants
+
+# The media type of the protocol version that is spoken here (spec: "Versioning").
+_MEDIA_TYPE = "application/vnd.ga4gh.htsget.v1.3.0+json"
+
+# Bytes asked of a socket at once. Larger reads are no faster, and above malloc's
+# mmap threshold every one of them would cost page faults.
+_CHUNK = 1 << 17
+
+# A ticket with inline data may be large; endless JSON must not fill the memory.
+_TICKET_LIMIT = 64 << 20
+
+# Bytes of an error's body that are looked at, and characters of it that are shown.
+_ERROR_LIMIT = 1 << 16
+_ERROR_SHOWN = 300
+
+# What browsers and curl allow is more; an archive needs one or two.
+_REDIRECT_LIMIT = 10
+
+# New bytes after which a transfer counts as going on, so that its retries begin anew.
+_PROGRESS = 1 << 16
+
+# The longest wait between two retries, unless `retry_wait` or the server ask for more.
+_LONGEST_WAIT = 60.0
+
+# The longest wait that a server can impose with Retry-After.
+_LONGEST_RETRY_AFTER = 3600.0
+
+# Answers that a later attempt may overcome. 520 to 529 are those of CDNs.
+_RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
+
+# Answers that stand for an expired URL when the ticket was good before.
+_EXPIRED_STATUS = {400, 401, 403, 404, 410}
+
+# Answers of servers that refuse a Range which is not the one in the ticket.
+_RANGE_REFUSED_STATUS = {400, 403, 416}
+
+# The SAM fields of the spec's `fields` parameter.
+_FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
+
+# Headers that say how a message is framed are this client's own business.
+_OWN_HEADERS = {
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "expect",
+    "keep-alive",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+}
+
+
+# ---- exceptions
+
+
+class HtsgetException(Exception):
+    """Base of every exception that a failed transfer ends in."""
+
+    # Whether the same request may succeed when it is made again right away.
+    _transient = False
+    # Seconds that the server asked to wait before that.
+    _retry_after = 0.0
+
+
+class RequestError(HtsgetException, ValueError):
+    """The caller asked for something that the protocol forbids."""
+
+
+class ProtocolError(HtsgetException):
+    """The server's ticket or answer breaks the protocol."""
+
+
+class IntegrityError(ProtocolError):
+    """The bytes are complete but wrong: MD5, format, BGZF chain or EOF marker."""
+
+
+class ClientError(HtsgetException):
+    """The server refused the request.
+
+    `status` is the HTTP status (int), `error` the error type of the htsget spec
+    (section "Errors") or the HTTP reason, `message` the server's explanation.
+    """
+
+    def __init__(self, status: int, error: str, message: str, url: str = "") -> None:
+        super().__init__(status, error, message, url)
+        self.status = status
+        self.error = error
+        self.message = message
+        self._url = url
+
+    def __str__(self) -> str:
+        text = "HTTP %d %s" % (self.status, self.error)
+        if self.message:
+            text += ": " + self.message
+        return text + (" (%s)" % self._url if self._url else "")
+
+
+class RetryableError(HtsgetException):
+    """Gave up on something that a later run may overcome."""
+
+    _transient = True
+
+
+class RetryableIOError(RetryableError):
+    """A connection error, a timeout or a 5xx answer; the cause is chained."""
+
+
+class ContentLengthMismatch(RetryableError):
+    """An answer ended early."""
+
+
+# ---- the ticket request
+
+
+class Region(NamedTuple):
+    """A piece of a reference: its name, and 0-based half-open `start` and `end`."""
+
+    reference_name: str
+    start: Optional[int] = None
+    end: Optional[int] = None
+
+
+class _Options(NamedTuple):
+    """The options of `get`, in its order."""
+
+    reference_name: Optional[str] = None
+    reference_md5: Optional[str] = None
+    start: Optional[int] = None
+    end: Optional[int] = None
+    fields: Union[str, Iterable[str], None] = None
+    tags: Union[str, Iterable[str], None] = None
+    notags: Union[str, Iterable[str], None] = None
+    data_format: Optional[str] = None
+    max_retries: int = 5
+    retry_wait: float = 5
+    timeout: Optional[float] = 120
+    bearer_token: Union[str, Callable[[], Optional[str]], None] = None
+    headers: Optional[Mapping[str, str]] = None
+    data_class: Optional[str] = None
+    regions: Optional[Iterable[Tuple[Any, ...]]] = None
+    connections: int = 4
+    verify: bool = True
+    resume: bool = True
+    progress: Optional[Callable[[int, Optional[int]], Any]] = None
+    ssl_context: Optional[ssl.SSLContext] = None
+
+
+class _TicketRequest:
+    """What is asked of the ticket server: a URL, headers and, for POST, a body."""
+
+    __slots__ = ("url", "body", "_headers", "_token")
+
+    def __init__(self, url: str, options: _Options) -> None:
+        """Check the options and raise RequestError before anything is sent."""
+        self.url, login = _without_userinfo(_checked_url(url))
+        self.body: Optional[bytes] = None
+        self._headers = dict(options.headers or {}, **login)
+        self._token = options.bearer_token
+        self.headers()
+        parameters = _parameters(options)
+        if options.regions is None:
+            self.url = _with_query(self.url, parameters)
+        else:
+            if any(
+                value is not None
+                for value in (options.reference_name, options.start, options.end)
+            ):
+                raise RequestError("regions go without reference_name, start and end")
+            parameters["regions"] = _regions(options.regions)
+            self.body = json.dumps(parameters).encode("ascii")
+
+    def headers(self) -> Dict[str, str]:
+        """The request's headers; a token that comes from a function is fresh."""
+        headers = {"Accept": _MEDIA_TYPE}
+        if self.body is not None:
+            headers["Content-Type"] = "application/json"
+        for name, value in self._headers.items():
+            _require_header(name, value)
+            headers[name.title()] = value
+        token = self._token() if callable(self._token) else self._token
+        if token is not None:
+            if "Authorization" in headers:
+                _log.warning("the bearer token replaces the Authorization header")
+            _require_header("Authorization", token)
+            headers["Authorization"] = "Bearer " + token
+        return headers
+
+
+def _require_header(name: Any, value: Any) -> None:
+    """Raise RequestError for a header of the caller's that cannot be sent."""
+    problem = _header_problem(name, value)
+    if problem:
+        raise RequestError(problem)
+
+
+def _url_problem(url: str) -> Optional[str]:
+    """What keeps a URL from being fetched, in words that do not show it."""
+    if re.search("[^\x21-\x7e]", url):
+        return "it has spaces, control or non-ASCII characters"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            return "it is neither http nor https"
+        if not parts.hostname:
+            return "it names no host"
+        if parts.port == 0:
+            return "its port is 0"
+    except ValueError:
+        return "its host or port is malformed"
+    return None
+
+
+def _checked_url(url: str) -> str:
+    """The caller's URL, with what URLs cannot hold percent-encoded."""
+    if not isinstance(url, str):
+        raise RequestError("the URL is no string")
+    if re.search("[\x00-\x1f\x7f]", url):
+        raise RequestError("the URL has control characters")
+    url = urllib.parse.quote(url.strip(), safe="!#$%&'()*+,/:;=?@[]~\"<>\\^`{|}")
+    problem = _url_problem(url)
+    if problem:
+        raise RequestError("cannot use the URL %s: %s" % (_shown(url), problem))
+    return urllib.parse.urldefrag(url).url
+
+
+def _without_userinfo(url: str) -> Tuple[str, Dict[str, str]]:
+    """A URL without its user-info, and the Authorization header that stands for it."""
+    parts = urllib.parse.urlsplit(url)
+    userinfo, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, {}
+    login = base64.b64encode(urllib.parse.unquote_to_bytes(userinfo)).decode("ascii")
+    return parts._replace(netloc=host).geturl(), {"Authorization": "Basic " + login}
+
+
+def _shown(url: str) -> str:
+    """A URL as it may be printed: without user-info, query and fragment."""
+    if url[:5].lower() == "data:":
+        return "data: URI"
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^?#]*)", url)
+    return _printable("".join(match.groups()), 200) if match else "(not a URL)"
+
+
+def _printable(text: str, limit: int = _ERROR_SHOWN) -> str:
+    """A foreign text as it may be printed: one line, no control characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _header_problem(name: Any, value: Any) -> Optional[str]:
+    """What keeps a header from being sent, in words that do not show its value."""
+    if not isinstance(name, str) or not isinstance(value, str):
+        return "a header's name or value is no string"
+    if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+        return "a header's name is malformed"
+    if not re.match("[\t\x20-\x7e\x80-\xff]*\\Z", value):
+        return "the header %s has control characters or is not Latin-1" % name
+    return None
+
+
+def _parameters(options: _Options) -> Dict[str, Any]:
+    """The request parameters of the spec (section "Query parameters"), checked."""
+    parameters: Dict[str, Any] = {}
+    if options.data_format is not None:
+        parameters["format"] = options.data_format.upper()
+    if options.data_class is not None:
+        if options.data_class != "header":
+            raise RequestError("data_class is None or 'header'")
+        if options.data_format is None:
+            raise RequestError("data_class='header' goes only with data_format")
+        parameters["class"] = options.data_class
+    if options.reference_name is not None:
+        parameters["referenceName"] = options.reference_name
+    if options.reference_md5 is not None:
+        if not re.match(r"[0-9A-Fa-f]{32}\Z", options.reference_md5):
+            raise RequestError("reference_md5 is not 32 hexadecimal digits")
+        parameters["referenceMD5"] = options.reference_md5
+    parameters.update(_interval(options.start, options.end))
+    if "start" in parameters or "end" in parameters:
+        if options.reference_name in (None, "*") and options.reference_md5 is None:
+            raise RequestError("start and end go only with a reference that is not '*'")
+    parameters.update(_name_lists(options))
+    return parameters
+
+
+def _interval(start: Optional[int], end: Optional[int]) -> Dict[str, int]:
+    """The parameters `start` and `end`: 0 <= start <= end < 2**32."""
+    interval = {}
+    for name, value in (("start", start), ("end", end)):
+        if value is not None:
+            try:
+                interval[name] = operator.index(value)
+            except TypeError:
+                raise RequestError("%s is no integer" % name) from None
+            if not 0 <= interval[name] < 1 << 32:
+                raise RequestError("%s is not between 0 and 2**32 - 1" % name)
+    if interval.get("start", 0) > interval.get("end", 1 << 32):
+        raise RequestError("start is greater than end")
+    return interval
+
+
+def _name_lists(options: _Options) -> Dict[str, List[str]]:
+    """The parameters `fields`, `tags` and `notags`, each a list of names."""
+    lists = {}
+    for key in ("fields", "tags", "notags"):
+        value = getattr(options, key)
+        if value is not None:
+            names = value.split(",") if isinstance(value, str) else list(value)
+            lists[key] = [name.strip() for name in names if name.strip()]
+    if "fields" in lists:
+        lists["fields"] = [name.upper() for name in lists["fields"]]
+        unknown = sorted(set(lists["fields"]) - set(_FIELDS))
+        if unknown or not lists["fields"]:
+            wrong = "unknown fields %s" % unknown if unknown else "fields is empty"
+            raise RequestError("%s; there are %s" % (wrong, " ".join(_FIELDS)))
+    both = sorted(set(lists.get("tags", ())) & set(lists.get("notags", ())))
+    if both:
+        raise RequestError("tags and notags overlap: %s" % ", ".join(both))
+    if not lists.get("notags"):
+        # Nothing to leave out is what the server assumes anyway.
+        lists.pop("notags", None)
+    return lists
+
+
+def _regions(regions: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
+    """The `regions` of a POST body (spec: "POST request")."""
+    result = []
+    for name, start, end in (Region(*region) for region in regions):
+        interval = _interval(start, end)
+        if not isinstance(name, str) or (name == "*" and interval):
+            raise RequestError("a region needs a reference name, '*' no start and end")
+        result.append(dict(interval, referenceName=name))
+    if not result:
+        raise RequestError("regions is empty")
+    return result
+
+
+def _with_query(url: str, parameters: Mapping[str, Any]) -> str:
+    """The URL with the parameters added to its query; what is there stays as it is."""
+    pairs = [
+        (name, ",".join(value) if isinstance(value, list) else value)
+        for name, value in parameters.items()
+    ]
+    added = urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote, safe=",*:")
+    parts = urllib.parse.urlsplit(url)
+    query = "&".join(text for text in (parts.query, added) if text)
+    return parts._replace(query=query).geturl()
+
+
+# ---- the ticket
+
+
+class DataBlock(NamedTuple):
+    """One entry of a ticket (spec: "Response JSON fields").
+
+    `url` is http, https or data; `headers` go with every request for it;
+    `data_class` is "header", "body" or None.
+    """
+
+    url: str
+    headers: Mapping[str, str] = {}
+    data_class: Optional[str] = None
+
+    def __repr__(self) -> str:
+        shown = (_shown(self.url), sorted(self.headers), self.data_class)
+        return "DataBlock(url=%r, headers=%r, data_class=%r)" % shown
+
+
+class Ticket(NamedTuple):
+    """A server's answer: the `format` of the data, its `blocks` in order, its `md5`.
+
+    `format` (upper-case) and `md5` (32 hexadecimal digits) are None when the server
+    does not say.
+    """
+
+    format: Optional[str]
+    blocks: List[DataBlock]
+    md5: Optional[str] = None
+
+
+def _parse_ticket(raw: bytes) -> Ticket:
+    """Read a ticket, or raise ProtocolError (spec: "Response JSON fields")."""
+    document = _parse_json(raw, "the ticket")
+    body = _typed(document, "htsget", dict, "the ticket")
+    if body is None:
+        raise ProtocolError("the ticket has no object 'htsget'")
+    if "error" in body:
+        raise ProtocolError(
+            "the ticket is an error: %s" % _printable(": ".join(_error_text(body)))
+        )
+    entries = _typed(body, "urls", list, "the ticket")
+    if entries is None:
+        raise ProtocolError("the ticket has no list 'urls'")
+    data_format = _typed(body, "format", str, "the ticket")
+    md5 = _typed(body, "md5", str, "the ticket")
+    ticket = Ticket(
+        data_format.upper() if data_format else None,
+        [_parse_block(entry, number) for number, entry in enumerate(entries, 1)],
+        md5,
+    )
+    _check_ticket(ticket)
+    return ticket
+
+
+def _parse_json(raw: bytes, what: str) -> Dict[str, Any]:
+    """A JSON object that came from a server."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError("%s is not JSON" % constant)
+
+    try:
+        # Integers are read as floats: int() takes forever on a million digits.
+        document = json.loads(
+            raw.decode("utf-8-sig"), parse_constant=refuse, parse_int=float
+        )
+    except UnicodeDecodeError:
+        raise ProtocolError("%s is not UTF-8" % what) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        text = "%s is not valid JSON: %s" % (what, _printable(str(reason), 100))
+        raise ProtocolError(text) from None
+    if not isinstance(document, dict):
+        raise ProtocolError("%s is not a JSON object" % what)
+    return document
+
+
+def _typed(container: Mapping[str, Any], key: str, kind: Any, what: str) -> Any:
+    """A value of an object in the ticket; None when absent or null."""
+    value = container.get(key)
+    if value is not None and not isinstance(value, kind):
+        names = {dict: "object", list: "list", str: "string"}
+        raise ProtocolError("%r in %s is no %s" % (key, what, names[kind]))
+    return value
+
+
+def _parse_block(entry: Any, number: int) -> DataBlock:
+    """One entry of the ticket's `urls`."""
+    what = "data block %d" % number
+    if not isinstance(entry, dict):
+        raise ProtocolError("%s is not a JSON object" % what)
+    url = _typed(entry, "url", str, what)
+    if url is None:
+        raise ProtocolError("%s has no 'url'" % what)
+    headers = _typed(entry, "headers", dict, what)
+    data_class = _typed(entry, "class", str, what)
+    if data_class is None:
+        # The EGA's name for it.
+        data_class = _typed(entry, "urlClass", str, what)
+    return DataBlock(url, headers or {}, data_class)
+
+
+def _check_ticket(ticket: Ticket) -> None:
+    """Raise ProtocolError for a ticket that cannot be fetched as it stands."""
+    if ticket.md5 is not None and not re.match(r"[0-9A-Fa-f]{32}\Z", ticket.md5):
+        raise ProtocolError("the ticket's md5 is not 32 hexadecimal digits")
+    for number, block in enumerate(ticket.blocks, 1):
+        what = "data block %d" % number
+        if block.url[:5].lower() == "data:":
+            _decode_data_uri(block.url, what)
+            continue
+        problem = _url_problem(block.url)
+        if problem:
+            raise ProtocolError("cannot use the URL of %s: %s" % (what, problem))
+        for name, value in block.headers.items():
+            problem = _header_problem(name, value)
+            if problem:
+                raise ProtocolError("%s: %s" % (what, problem))
+
+
+def _decode_data_uri(uri: str, what: str) -> bytes:
+    """The bytes of a data URI (RFC 2397), also in the EGA's form data:base64,..."""
+    header, comma, data = uri[5:].partition(",")
+    if not comma:
+        raise ProtocolError("the data URI of %s has no comma" % what)
+    content = urllib.parse.unquote_to_bytes(data)
+    if header.split(";")[-1].strip().lower() != "base64":
+        return content
+    try:
+        return base64.b64decode(b"".join(content.split()), validate=True)
+    except binascii.Error:
+        raise ProtocolError("the data URI of %s is not base64" % what) from None
+
+
+def _error_text(body: Mapping[str, Any]) -> List[str]:
+    """The error type and message of an htsget error object (spec: "Errors")."""
+    return [str(body[key]) for key in ("error", "message") if body.get(key)]
+
+
+# ---- transport
+
+
+class _Answer:
+    """One HTTP answer: status, headers, and a body whose bytes are counted."""
+
+    def __init__(
+        self,
+        url: str,
+        response: http.client.HTTPResponse,
+        release: Callable[[bool], None],
+    ) -> None:
+        self.url = url
+        self.status = response.status
+        self.reason = response.reason
+        self.headers = response.headers
+        self._response = response
+        self._release = release
+        # Whether the body's end can be told from a cut connection.
+        self.framed = True
+        # The body's length in bytes, None where only its end will tell.
+        self.length: Optional[int] = None
+        if response.status in (204, 304):
+            self.length = 0
+        elif not response.chunked:
+            self.length = self._content_length()
+            self.framed = self.length is not None
+
+    def _content_length(self) -> Optional[int]:
+        values = {value.strip() for value in self.headers.get_all("Content-Length", [])}
+        if not values:
+            return None
+        value = values.pop()
+        if values or not re.match(r"\d{1,18}\Z", value, re.ASCII):
+            self.close()
+            raise _damaged("a malformed Content-Length", self.url)
+        return int(value)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body, piece by piece; ContentLengthMismatch when it ends early."""
+        left = self.length
+        while left is None or left > 0:
+            try:
+                most = _CHUNK if left is None else min(_CHUNK, left)
+                data = self._response.read1(most)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise _network_error(error, self.url) from error
+            if not data:
+                break
+            if left is not None:
+                left -= len(data)
+            yield data
+        if left:
+            raise ContentLengthMismatch(
+                "%s: the answer ended %d bytes early" % (_shown(self.url), left)
+            )
+        self._finish(self.framed and not self._response.will_close)
+
+    def _finish(self, reusable: bool) -> None:
+        """Let go of the connection; its response must be closed before the next."""
+        release, self._release = self._release, lambda reusable: None
+        self._response.close()
+        release(reusable)
+
+    def close(self) -> None:
+        """Drop what was not read, and the connection with it."""
+        self._finish(False)
+
+    def text(self) -> str:
+        """The first part of an error's body; keeps the connection if that is all."""
+        body = b""
+        try:
+            for data in self.chunks():
+                body += data
+                if len(body) > _ERROR_LIMIT:
+                    break
+        except HtsgetException:
+            pass
+        self.close()
+        return body[:_ERROR_LIMIT].decode("utf-8", "replace")
+
+
+class _HttpRequest(urllib.request.Request):
+    """A request, how often it was redirected, and whose headers it carries.
+
+    `private` headers are the caller's and for one origin only; the others are those
+    of a data block and follow its redirects.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Dict[str, str],
+        body: Optional[bytes] = None,
+        private: bool = False,
+        redirects: int = 0,
+    ) -> None:
+        super().__init__(url, body, headers)
+        # The stock ProxyHandler adds to `headers` what is for the proxy only.
+        self.own_headers = headers
+        self.private = private
+        self.redirects = redirects
+
+
+class _KeepAlive(urllib.request.AbstractHTTPHandler):
+    """Send requests over connections that are kept and used again.
+
+    The stock handlers close every connection after one answer.
+    """
+
+    def __init__(self, ssl_context: Optional[ssl.SSLContext]) -> None:
+        super().__init__()
+        self._ssl_context = ssl_context
+        self._idle: Dict[Any, List[http.client.HTTPConnection]] = {}
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, request: _HttpRequest) -> _Answer:
+        """Exchange a request for an answer (called by the opener)."""
+        # An idle connection may have died meanwhile: that costs no retry.
+        dead = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+        tunnel = getattr(request, "_tunnel_host", None)
+        key = (request.type, request.host, tunnel)
+        while True:
+            idle = self._idle.get(key)
+            connection = idle.pop() if idle else self._connection(request, tunnel)
+            used_before = connection.sock is not None
+            try:
+                response = self._exchange(connection, request, tunnel)
+            except BaseException as error:
+                connection.close()
+                if not (used_before and isinstance(error, dead)):
+                    raise
+                continue
+
+            def release(
+                reusable: bool, connection: http.client.HTTPConnection = connection
+            ) -> None:
+                if reusable:
+                    self._idle.setdefault(key, []).append(connection)
+                else:
+                    connection.close()
+
+            return _Answer(request.full_url, response, release)
+
+    https_open = http_open
+
+    def _connection(
+        self, request: _HttpRequest, tunnel: Optional[str]
+    ) -> http.client.HTTPConnection:
+        """A new connection, to the proxy where there is one."""
+        host, timeout = request.host or "", request.timeout
+        if request.type == "http":
+            return http.client.HTTPConnection(host, timeout=timeout)
+        context = self._ssl_context or _default_ssl_context()
+        secure = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        if tunnel:
+            login = request.headers.get("Proxy-authorization")
+            secure.set_tunnel(
+                tunnel, headers={"Proxy-Authorization": login} if login else {}
+            )
+        return secure
+
+    @staticmethod
+    def _exchange(
+        connection: http.client.HTTPConnection,
+        request: _HttpRequest,
+        tunnel: Optional[str],
+    ) -> http.client.HTTPResponse:
+        headers = dict(request.unredirected_hdrs)
+        headers.update(request.headers)
+        if tunnel:
+            headers.pop("Proxy-authorization", None)
+        # http.client adds "Accept-Encoding: identity" by itself.
+        named = {name.title(): value for name, value in headers.items()}
+        connection.request(request.get_method(), request.selector, request.data, named)
+        return connection.getresponse()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+
+class _Redirects(urllib.request.BaseHandler):
+    """Follow redirects without giving anything to whom it does not belong."""
+
+    def http_response(self, request: _HttpRequest, answer: _Answer) -> _Answer:
+        """Follow a redirect, if the answer is one (called by the opener)."""
+        if answer.status not in (301, 302, 303, 307, 308):
+            return answer
+        answer.text()
+        location = answer.headers.get("Location")
+        if not location:
+            raise _damaged("a redirect without Location", answer.url)
+        if request.redirects >= _REDIRECT_LIMIT:
+            raise ProtocolError("%s: too many redirects" % _shown(answer.url))
+        url = urllib.parse.urljoin(request.full_url, location.strip())
+        problem = _url_problem(url)
+        if problem:
+            text = "%s: cannot follow the redirect: %s" % (_shown(answer.url), problem)
+            raise ProtocolError(text)
+        # A POST keeps its method, or its regions would be lost; but 303 means GET.
+        body = None if answer.status == 303 else request.data
+        target = _HttpRequest(
+            url,
+            self._headers(request, url),
+            body if isinstance(body, bytes) else None,
+            request.private,
+            request.redirects + 1,
+        )
+        return self.parent.open(target, timeout=request.timeout)  # type: ignore
+
+    https_response = http_response
+
+    @staticmethod
+    def _headers(request: _HttpRequest, url: str) -> Dict[str, str]:
+        """The headers that may go on to a redirect's target."""
+        headers = request.own_headers
+        before, after = _origin(request.full_url), _origin(url)
+        if before == after:
+            return headers
+        if request.private:
+            public = ("Accept", "Content-Type")
+            return {name: headers[name] for name in public if name in headers}
+        if before[0] == "https" and after[0] == "http" and set(headers) - {"Range"}:
+            raise ProtocolError(
+                "%s redirects to plain http, where the data block's headers must not "
+                "be sent" % _shown(request.full_url)
+            )
+        return headers
+
+
+class _Transport:
+    """The only part that opens sockets."""
+
+    def __init__(
+        self, timeout: Optional[float], ssl_context: Optional[ssl.SSLContext]
+    ) -> None:
+        self._timeout = timeout
+        self._keep_alive = _KeepAlive(ssl_context)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.addheaders = [("User-Agent", "htsget.py/" + __version__)]
+        for handler in (urllib.request.ProxyHandler(), self._keep_alive, _Redirects()):
+            self._opener.add_handler(handler)
+
+    def request(
+        self,
+        url: str,
+        headers: Dict[str, str],
+        body: Optional[bytes] = None,
+        private: bool = False,
+    ) -> _Answer:
+        """The answer to a request, whatever its status, after redirects."""
+        request = _HttpRequest(url, headers, body, private)
+        _log.debug("%s %s", request.get_method(), _shown(url))
+        try:
+            answer: _Answer = self._opener.open(request, timeout=self._timeout)
+        except HtsgetException:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _network_error(error, url) from error
+        _log.debug("%s answered %d", _shown(answer.url), answer.status)
+        return answer
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._keep_alive.close()
+
+
+_ssl_contexts: Dict[Optional[str], ssl.SSLContext] = {}
+
+
+def _default_ssl_context() -> ssl.SSLContext:
+    """Verifying, TLS 1.2 or later. Building one takes 20 ms, so once per process.
+
+    OpenSSL itself honours SSL_CERT_FILE and SSL_CERT_DIR.
+    """
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    if bundle not in _ssl_contexts:
+        context = ssl.create_default_context()
+        if bundle:
+            _load_bundle(context, bundle)
+        # Python 3.6 has no `minimum_version`; from 3.7 on these are deprecated.
+        if hasattr(context, "minimum_version"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        _ssl_contexts[bundle] = context
+    return _ssl_contexts[bundle]
+
+
+def _load_bundle(context: ssl.SSLContext, bundle: str) -> None:
+    """Trust the certificates in a file or folder."""
+    try:
+        if os.path.isdir(bundle):
+            context.load_verify_locations(capath=bundle)
+        else:
+            context.load_verify_locations(cafile=bundle)
+    except OSError as error:
+        text = "cannot read certificates from %s: %s" % (bundle, error)
+        raise RequestError(text) from None
+
+
+def _origin(url: str) -> Tuple[str, str, int]:
+    """Scheme, host and port of a URL."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname or "", port
+
+
+def _network_error(error: Exception, url: str) -> HtsgetException:
+    """The exception of ours for one of the standard library's."""
+    where = _shown(url)
+    text = _printable(str(error) or type(error).__name__, 150)
+    certificate = isinstance(error, ssl.CertificateError)
+    if certificate or getattr(error, "reason", "") == "CERTIFICATE_VERIFY_FAILED":
+        return ProtocolError(
+            "%s: the server's certificate is not trusted: %s" % (where, text)
+        )
+    if isinstance(error, http.client.IncompleteRead):
+        return ContentLengthMismatch("%s: the answer was cut short" % where)
+    if isinstance(error, http.client.InvalidURL):
+        return ProtocolError("%s: the URL is malformed" % where)
+    if isinstance(error, (OSError, http.client.HTTPException)):
+        return RetryableIOError("%s: %s" % (where, text))
+    return ProtocolError("%s: %s" % (where, text))
+
+
+def _damaged(what: str, url: str) -> ProtocolError:
+    """An answer that breaks HTTP; it may have been damaged on its way, so try again."""
+    error = ProtocolError("%s: the answer has %s" % (_shown(url), what))
+    error._transient = True
+    return error
+
+
+def _refusal(answer: _Answer) -> HtsgetException:
+    """The exception for an answer that is an error (spec: "Errors")."""
+    text, where = answer.text(), _shown(answer.url)
+    error, message = answer.reason, text
+    try:
+        body = json.loads(text)
+        body = body.get("htsget", body)
+        error = str(body.get("error", error))
+        message = str(body.get("message", ""))
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    refused = ClientError(
+        answer.status, _printable(error, 80), _printable(message), where
+    )
+    if answer.status not in _RETRIED_STATUS:
+        return refused
+    failure = RetryableIOError(str(refused))
+    failure._retry_after = _retry_after(answer.headers.get("Retry-After"), time.time())
+    return failure
+
+
+# ---- retry policy
+
+
+def _retry_after(value: Optional[str], now: float) -> float:
+    """Seconds to wait for a Retry-After header (a number or a date) at time `now`."""
+    text = (value or "").strip()
+    if re.match(r"\d{1,9}\Z", text, re.ASCII):
+        seconds = float(text)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return 0.0
+    return max(0.0, min(seconds, _LONGEST_RETRY_AFTER))
+
+
+class _Retry:
+    """Counts the failures in a row of one transfer and says how long to wait."""
+
+    def __init__(self, limit: int, wait: float) -> None:
+        self._limit = limit
+        self._wait = wait
+        self._failures = 0
+        self._new = 0
+
+    def progress(self, count: int) -> None:
+        """Note `count` new bytes."""
+        self._new += count
+        if self._new >= _PROGRESS:
+            self._failures = self._new = 0
+
+    def pause(self, error: HtsgetException) -> float:
+        """Seconds to wait after an error; raises it when there is no use in waiting."""
+        if not error._transient or 0 <= self._limit <= self._failures:
+            raise error
+        doubled = self._wait * float(1 << min(self._failures, 30))
+        self._failures += 1
+        wait = min(doubled, max(_LONGEST_WAIT, self._wait)) * random.uniform(1.0, 1.2)
+        return max(wait, error._retry_after)
+
+
+# ---- reading one part
+
+
+class _Stored:
+    """What several blocks of one URL have in common: the ETag of what is behind it."""
+
+    __slots__ = ("etag", "first")
+
+    def __init__(self, first: int) -> None:
+        self.etag: Optional[str] = None
+        # The block that the ETag was first seen with; -1: in an earlier run.
+        self.first = first
+
+
+class _Block:
+    """A data block under way: the ticket's entry, and what its server has shown."""
+
+    def __init__(self, index: int, entry: DataBlock, stored: _Stored) -> None:
+        self.index = index
+        self.stored = stored
+        # Bytes in the block; None where only its end will tell.
+        self.size: Optional[int] = None
+        # The decoded content of a data URI.
+        self.data: Optional[bytes] = None
+        # Where the block begins in its file, if its Range says so.
+        self.base = 0
+        # The server takes no other Range than the ticket's.
+        self.pinned = False
+        # The server answers a Range with the whole file.
+        self.whole = False
+        # The Range is of a kind that cannot be reckoned with.
+        self.opaque = False
+        # The block was refused, and has not been served since.
+        self.refused = False
+        self.use(entry)
+        if self.data is None:
+            self._read_range()
+
+    def use(self, entry: DataBlock) -> None:
+        """Take URL and headers from a ticket's entry, the first or a renewed one."""
+        if entry.url[:5].lower() == "data:":
+            self.data = _decode_data_uri(entry.url, "data block %d" % (self.index + 1))
+            self.size = len(self.data)
+            return
+        self.url, login = _without_userinfo(entry.url)
+        self.headers = login
+        for name, value in entry.headers.items():
+            if name.lower() not in _OWN_HEADERS:
+                self.headers[name.title()] = value
+        self.range = self.headers.get("Range")
+
+    def _read_range(self) -> None:
+        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", self.range or "", re.ASCII)
+        if match:
+            self.base = int(match.group(1))
+            if match.group(2):
+                self.size = int(match.group(2)) + 1 - self.base
+                if self.size <= 0:
+                    text = "data block %d has a Range that ends before it begins"
+                    raise ProtocolError(text % (self.index + 1))
+        signed = re.search(r"[?&]X-Amz-SignedHeaders=([^&]*)", self.url, re.I)
+        names = urllib.parse.unquote(signed.group(1)).lower() if signed else ""
+        self.opaque = self.range is not None and match is None
+        self.pinned = self.opaque or "range" in names.split(";")
+
+
+class _Asked(NamedTuple):
+    """A request for part of a block: the bytes from `start` up to `end` of the block.
+
+    `changed`: by another Range than the ticket's.
+    """
+
+    start: int
+    end: Optional[int]
+    headers: Dict[str, str]
+    changed: bool
+
+
+class _Span(NamedTuple):
+    """Where the body of an answer lies, in bytes from the block's start.
+
+    `final`: the block or its file ends where the body ends. `guessed`: the body is taken for the
+    slice that was asked for, but its length does not say so.
+    """
+
+    start: int
+    end: Optional[int]
+    final: bool = False
+    guessed: bool = False
+
+
+def _ask(block: _Block, start: int, end: Optional[int]) -> _Asked:
+    """The request for the bytes from `start` up to `end` (None: all) of a block.
+
+    A request for the whole block is the ticket's own, to the letter. Ranges are
+    closed wherever the end is known: some servers fail on open ones.
+    """
+    if block.pinned or (start == 0 and (end is None or end == block.size)):
+        return _Asked(0, block.size, block.headers, False)
+    last = "" if end is None else str(block.base + end - 1)
+    headers = dict(block.headers, Range="bytes=%d-%s" % (block.base + start, last))
+    etag = block.stored.etag
+    if etag and etag.startswith('"'):
+        headers["If-Range"] = etag
+    return _Asked(start, end, headers, True)
+
+
+def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
+    """Where in the block the answer's body lies, or ProtocolError."""
+    if answer.headers.get_content_type() == "text/html":
+        raise ProtocolError("%s: an HTML page instead of data" % _shown(answer.url))
+    if answer.status == 200:
+        return _locate_full(block, asked, answer)
+    if block.range is None and not asked.changed:
+        # Some servers have the range in the query and answer a plain request so.
+        return _Span(0, answer.length, final=True)
+    return _locate_partial(block, asked, answer)
+
+
+def _locate_partial(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
+    """A 206: what its Content-Range says must be within what was asked for.
+
+    The total behind the slash is not checked (some servers give the slice's length);
+    it tells only whether a short answer is short because the file ends.
+    """
+    text = answer.headers.get("Content-Range")
+    if text is None:
+        if answer.headers.get_content_type() == "multipart/byteranges":
+            raise _damaged("several ranges", answer.url)
+        end = None if answer.length is None else asked.start + answer.length
+        span = _Span(asked.start, end, asked.end is None)
+    else:
+        match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d+|\*)\s*\Z", text, re.ASCII)
+        if not match:
+            raise _damaged("a malformed Content-Range", answer.url)
+        first, stop = int(match.group(1)), int(match.group(2)) + 1
+        if answer.length not in (None, stop - first):
+            raise _damaged("a Content-Length unlike its Content-Range", answer.url)
+        total = match.group(3)
+        if asked.end is None:
+            final = total == "*" or int(total) <= stop
+        else:
+            final = total == str(stop)
+        start = 0 if block.opaque else first - block.base
+        span = _Span(start, start + stop - first, final)
+    beyond = asked.end is not None and (span.end or 0) > asked.end
+    if span.start != asked.start or beyond or span.end == span.start:
+        raise _damaged("another range than was asked for", answer.url)
+    return span
+
+
+def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
+    """A 200: the whole block where that has no Range; otherwise the slice that was
+    asked for exactly when its length says so, and the whole file when it does not."""
+    length = answer.length
+    rest = None if asked.end is None else asked.end - asked.start
+    if asked.changed and rest is not None and length == rest:
+        return _Span(asked.start, asked.end)
+    if block.range is None:
+        return _Span(0, length, final=True)
+    if block.opaque:
+        raise ProtocolError("%s ignores the Range header" % _shown(answer.url))
+    if length is None:
+        if not block.whole:
+            return _Span(asked.start, asked.end, asked.end is None, guessed=True)
+        return _Span(-block.base, None, final=True)
+    if length == rest:
+        return _Span(asked.start, asked.end)
+    if length < block.base + asked.start:
+        raise _damaged("less than the range that was asked for", answer.url)
+    return _Span(-block.base, length - block.base, final=True)
+
+
+class _ObjectChanged(RetryableError):
+    """What is behind a URL is not what earlier blocks were taken from."""
+
+    _transient = False
+
+
+class _Again(Exception):
+    """Read the part once more, in another way, at once."""
+
+
+class _Part:
+    """A run of a block's bytes that is delivered in order, over as many attempts as
+    it takes: from `start` up to `end` (None: the block's end)."""
+
+    def __init__(self, block: _Block, rewindable: bool, position: int = 0) -> None:
+        self.block = block
+        self.start = 0
+        self.end = block.size
+        # The next byte to deliver, and the most that was ever reached.
+        self.position = self.reached = position
+        # Whether the part can be delivered again from its start; if not, what was
+        # delivered is known by its digest.
+        self.rewindable = rewindable
+        self._delivered = hashlib.sha256()
+        self._repeated = hashlib.sha256()
+
+    def limit(self) -> Optional[int]:
+        """Where the part ends, as far as is known."""
+        if self.end is None or self.block.size is None:
+            return self.block.size if self.end is None else self.end
+        return min(self.end, self.block.size)
+
+    def begin(self, span: _Span, answer: _Answer) -> None:
+        """Get ready for an answer: is it the same object, does it repeat bytes?"""
+        stored, etag = self.block.stored, answer.headers.get("ETag")
+        if etag is not None and etag != stored.etag:
+            if stored.etag is not None:
+                self._other_object(span, answer, etag)
+            stored.etag = etag
+        if self.block.range is None and span.start == 0:
+            self.block.size = span.end
+        if span.start < self.position:
+            if self.rewindable:
+                self.position = self.start
+            self._repeated = hashlib.sha256()
+
+    def _other_object(self, span: _Span, answer: _Answer, etag: str) -> None:
+        """The ETag is new: start the part again, or give up if that cannot help."""
+        where = _shown(answer.url)
+        if self.block.stored.first != self.block.index:
+            raise _ObjectChanged("%s changed during the transfer" % where)
+        if self.position > self.start and span.start > self.start:
+            # This answer is of no use; the next one is to begin at the start.
+            self.block.stored.etag = etag
+            if self.rewindable:
+                self.position = self.start
+            else:
+                self.block.pinned = True
+            raise RetryableIOError("%s changed during the transfer" % where)
+
+    def accept(self, offset: int, data: bytes) -> bytes:
+        """What is new in the `data` at `offset`; the rest must repeat what was."""
+        if offset < self.position:
+            new = min(self.position - offset, len(data))
+            self._repeated.update(data[min(max(0, self.start - offset), new) : new])
+            if offset + new == self.position and not self.rewindable:
+                if self._repeated.digest() != self._delivered.digest():
+                    raise ProtocolError(
+                        "%s: the data differs from what was already delivered"
+                        % _shown(self.block.url)
+                    )
+            data = data[new:]
+        self.position += len(data)
+        if not self.rewindable:
+            self._delivered.update(data)
+        return data
+
+
+def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
+    """Deliver a part as (offset in the block, bytes), retrying as the policy says.
+
+    An offset that goes back means: what came from there on is void.
+    """
+    if part.block.data is not None:
+        yield part.position, part.block.data[part.position :]
+        return
+    retry = session.new_retry()
+    while part.limit() is None or part.position != part.limit():
+        try:
+            for offset, data in _attempt(session, part):
+                stop = offset + len(data)
+                retry.progress(max(0, stop - part.reached))
+                part.reached = max(stop, part.reached)
+                yield offset, data
+            return
+        except _Again as reason:
+            _log.info("%s", reason)
+        except HtsgetException as error:
+            session.pause(retry, error)
+
+
+def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
+    """Ask once for what is missing of a part and deliver what comes."""
+    asked, answer = _open_part(session, part)
+    if answer.status == 416:
+        answer.close()
+        return
+    try:
+        span = _locate(part.block, asked, answer)
+        part.begin(span, answer)
+        offset, limit = span.start, part.limit()
+        for data in answer.chunks():
+            surplus = limit is not None and offset + len(data) > limit
+            if surplus:
+                _check_surplus(part, asked, span)
+                data = data[: max(0, (limit or 0) - offset)]
+            new = part.accept(offset, data)
+            offset += len(data)
+            if new:
+                yield part.position - len(new), new
+            if surplus:
+                break
+        else:
+            _check_end(part, answer, span, offset)
+    finally:
+        answer.close()
+
+
+def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
+    """An answer with data, or a 416 that says that the file has no more of it."""
+    block = part.block
+    while True:
+        asked = _ask(block, part.position, part.limit())
+        answer = session.transport.request(block.url, asked.headers)
+        if answer.status in (200, 206):
+            block.refused = False
+            return asked, answer
+        if asked.changed and answer.status == 416:
+            total = re.match(r"bytes \*/(\d+)", answer.headers.get("Content-Range", ""))
+            if total and int(total.group(1)) == block.base + part.position:
+                block.size = part.position
+                return asked, answer
+        error = _refusal(answer)
+        if asked.changed and answer.status in _RANGE_REFUSED_STATUS:
+            block.pinned = True
+            continue
+        raise error
+
+
+def _check_surplus(part: _Part, asked: _Asked, span: _Span) -> None:
+    """More data than asked for: fine in a whole file that is cut, but where the body
+    was only taken for the slice, it is not the slice."""
+    block = part.block
+    if not span.guessed or block.base + span.start == 0:
+        return
+    if not part.rewindable:
+        raise ProtocolError("%s ignores the Range header" % _shown(block.url))
+    part.position = part.start
+    if asked.changed:
+        block.pinned = True
+    else:
+        block.whole = True
+    raise _Again("%s ignores the Range header" % _shown(block.url))
+
+
+def _check_end(part: _Part, answer: _Answer, span: _Span, offset: int) -> None:
+    """The body ended at `offset`: is that the end of the part?"""
+    block, limit = part.block, part.limit()
+    whole = span.guessed and answer.framed and block.base + span.start == 0
+    if limit is not None and offset >= limit:
+        return
+    if span.end == offset and not span.final and offset == part.position:
+        raise _Again("%s gives data in pieces" % _shown(block.url))
+    if offset < part.position or not (span.final or whole):
+        raise ContentLengthMismatch(
+            "%s: the answer ended early, at byte %d of data block %d"
+            % (_shown(block.url), offset, block.index + 1)
+        )
+    block.size = offset
+    if not answer.framed:
+        _log.warning(
+            "%s does not say how long data block %d is: taking what came, %d bytes",
+            _shown(block.url),
+            block.index + 1,
+            offset,
+        )
+
+
+# ---- several parts, delivered in order
+
+
+class _Session:
+    """One transfer's dealings with its servers: the ticket, retries, connections."""
+
+    def __init__(
+        self, source: Union[_TicketRequest, Ticket], options: _Options
+    ) -> None:
+        self._source = source
+        self._options = options
+        self.transport = _Transport(options.timeout, options.ssl_context)
+
+    def __enter__(self) -> "_Session":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.transport.close()
+
+    def new_retry(self) -> _Retry:
+        """A count of retries for one transfer."""
+        return _Retry(self._options.max_retries, self._options.retry_wait)
+
+    def pause(self, retry: _Retry, error: HtsgetException) -> None:
+        """Wait before the next attempt, or raise the error if there is none."""
+        seconds = retry.pause(error)
+        _log.warning("%s; trying again in %.1f s", error, seconds)
+        time.sleep(seconds)
+
+    def ticket(self) -> Ticket:
+        """The ticket, asked for anew unless it was given."""
+        if isinstance(self._source, Ticket):
+            return self._source
+        retry = self.new_retry()
+        while True:
+            try:
+                return _parse_ticket(self._fetch_ticket(self._source))
+            except HtsgetException as error:
+                self.pause(retry, error)
+
+    def _fetch_ticket(self, request: _TicketRequest) -> bytes:
+        answer = self.transport.request(
+            request.url, request.headers(), request.body, private=True
+        )
+        if answer.status != 200:
+            raise _refusal(answer)
+        return _read_json(answer)
+
+
+def _read_json(answer: _Answer) -> bytes:
+    """A body that should be a JSON object; given up early when it cannot be one."""
+    body = bytearray()
+    try:
+        for data in answer.chunks():
+            body += data
+            start = bytes(body[:_ERROR_LIMIT]).lstrip(b"\xef\xbb\xbf \t\r\n")
+            if start and start[:1] != b"{":
+                raise ProtocolError(
+                    "%s: the answer is not a JSON object" % _shown(answer.url)
+                )
+            if len(body) > _TICKET_LIMIT:
+                raise ProtocolError("%s: the ticket is too large" % _shown(answer.url))
+    finally:
+        answer.close()
+    return bytes(body)
+
+
+def _blocks(ticket: Ticket) -> List[_Block]:
+    """The ticket's blocks, ready to be fetched; those of one URL share an ETag."""
+    stored: Dict[Any, _Stored] = {}
+    blocks = []
+    for index, entry in enumerate(ticket.blocks):
+        others = frozenset(
+            item for item in entry.headers.items() if item[0].lower() != "range"
+        )
+        shared = stored.setdefault((entry.url, others), _Stored(index))
+        blocks.append(_Block(index, entry, shared))
+    return blocks
+
+
+class _Chunk(NamedTuple):
+    """Bytes of a block at an `offset` in it.
+
+    When the offset goes back, what came of the block from there on is void.
+    """
+
+    block: int
+    offset: int
+    data: bytes
+
+
+def _deliver(
+    session: _Session, blocks: List[_Block], rewindable: bool
+) -> Iterator[_Chunk]:
+    """The blocks' bytes in order."""
+    for block in blocks:
+        for offset, data in _read_part(session, _Part(block, rewindable)):
+            yield _Chunk(block.index, offset, data)
+
+
+# ---- output
+
+
+class _Output:
+    """A binary file object that takes the data, from its current position on."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        # Where the data begins, if the stream can be taken back there.
+        self._start: Optional[int] = None
+        try:
+            seekable = getattr(stream, "seekable", None)
+            if hasattr(stream, "truncate") and (seekable is None or seekable()):
+                self._start = stream.tell()
+                if fcntl is not None:
+                    flags = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL)
+                    if flags & os.O_APPEND:
+                        # As after ">>" in a shell, where the position begins at 0.
+                        self._start = stream.seek(0, os.SEEK_END)
+        except (AttributeError, OSError, ValueError):
+            pass
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether `rewind` works."""
+        return self._start is not None
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`; a raw stream may take it in several bites."""
+        while data:
+            count = self._stream.write(data)
+            if count is None and isinstance(self._stream, io.RawIOBase):
+                raise BlockingIOError("the output is non-blocking and full")
+            if not isinstance(count, int) or count >= len(data):
+                return
+            data = data[count:]
+
+    def rewind(self, position: int) -> None:
+        """Forget what was written from `position` on."""
+        self._stream.seek((self._start or 0) + position)
+        self._stream.truncate()
+
+    def commit(self) -> None:
+        """The data is complete."""
+        flush = getattr(self._stream, "flush", None)
+        if flush is not None:
+            flush()
+
+    def close(self) -> None:
+        """Let go of the stream; it stays open, it is the caller's."""
+
+
+class _PathOutput(_Output):
+    """A path, written as `path`.part and moved in place when complete."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._part = path + ".part"
+        super().__init__(io.open(self._part, "wb", buffering=0))
+
+    def commit(self) -> None:
+        """Move the file in place."""
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        os.replace(self._part, self._path)
+
+    def close(self) -> None:
+        """Remove what is not complete."""
+        if not self._stream.closed:
+            self._stream.close()
+            os.remove(self._part)
+
+
+class _DeviceOutput(_Output):
+    """A path that is no regular file: a device or a FIFO, written directly."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.open(path, "wb", buffering=0))
+
+    def rewind(self, position: int) -> None:
+        """Go back; a device has no length that could be cut."""
+        self._stream.seek((self._start or 0) + position)
+
+    def close(self) -> None:
+        """Close the device."""
+        self._stream.close()
+
+
+def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
+    """The output behind a file object or a path."""
+    if hasattr(output, "write"):
+        return _Output(output)  # type: ignore
+    path = os.fspath(output)
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        regular = True
+    # /dev/stdout may well be a regular file, but it is not ours to replace.
+    if not regular or os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return _DeviceOutput(path)
+    return _PathOutput(os.path.realpath(path))
+
+
+# ---- public functions
+
+
+def get(
+    url: Union[str, Ticket],
+    output: Union[BinaryIO, str, "os.PathLike[str]"],
+    reference_name: Optional[str] = None,
+    reference_md5: Optional[str] = None,
+    start: Optional[int] = None,
+    end: Optional[int] = None,
+    fields: Union[str, Iterable[str], None] = None,
+    tags: Union[str, Iterable[str], None] = None,
+    notags: Union[str, Iterable[str], None] = None,
+    data_format: Optional[str] = None,
+    max_retries: int = 5,
+    retry_wait: float = 5,
+    timeout: Optional[float] = 120,
+    bearer_token: Union[str, Callable[[], Optional[str]], None] = None,
+    headers: Optional[Mapping[str, str]] = None,
+    *,
+    data_class: Optional[str] = None,
+    regions: Optional[Iterable[Tuple[Any, ...]]] = None,
+    connections: int = 4,
+    verify: bool = True,
+    resume: bool = True,
+    progress: Optional[Callable[[int, Optional[int]], Any]] = None,
+    ssl_context: Optional[ssl.SSLContext] = None
+) -> None:
+    """Fetch data from an htsget server and write it to `output`.
+
+    What is asked for (spec: "Query parameters" and "POST request"):
+
+    url: str, the server's address of the data, such as
+        "https://example.org/reads/NA12878"; a query in it is kept. Or a `Ticket`.
+    output: a binary file object, written from its current position on, or a path.
+    reference_name: str, a reference such as "chr1"; "*" for unplaced unmapped reads.
+    reference_md5: str, 32 hexadecimal digits, the MD5 of the reference's sequence.
+    start, end: int, 0-based half-open positions on the reference.
+    fields, tags, notags: a comma-separated str or an iterable of str: the SAM fields
+        and tags to include, the tags to leave out; tags="" asks for no tags.
+    data_format: str, "BAM", "CRAM", "VCF" or "BCF".
+    data_class: "header" for the header only; goes with `data_format`.
+    regions: an iterable of `Region` or tuples (name, start, end), instead of
+        `reference_name`, `start` and `end`.
+
+    How it is fetched:
+
+    max_retries: int, how often in a row a transfer is tried again without progress;
+        negative for without limit.
+    retry_wait: seconds before the first retry; doubled up to 60 s for further ones.
+    timeout: seconds without a byte after which a connection is given up.
+    bearer_token: str, sent to the ticket server only; or a function that returns it,
+        called before every ticket request.
+    headers: mapping of str to str, sent to the ticket server only.
+    connections: int, the most connections at once.
+    verify: check MD5, format and end of the data.
+    resume: go on with what an earlier run left at the path `output`.
+    progress: function called with the bytes so far and in all (None if unknown).
+    ssl_context: ssl.SSLContext for https, instead of the default.
+
+    Raises RequestError (also a ValueError) before anything is sent for arguments that
+    the protocol forbids, ClientError when the server refuses, ProtocolError when it
+    breaks the protocol, IntegrityError when the data is wrong, RetryableError when
+    retries are used up; and OSError when the output fails.
+    """
+    options = _Options(
+        reference_name,
+        reference_md5,
+        start,
+        end,
+        fields,
+        tags,
+        notags,
+        data_format,
+        max_retries,
+        retry_wait,
+        timeout,
+        bearer_token,
+        headers,
+        data_class,
+        regions,
+        connections,
+        verify,
+        resume,
+        progress,
+        ssl_context,
+    )
+    with _session(url, options) as session:
+        target = _open_output(output)
+        try:
+            _save(session, target, options)
+            target.commit()
+        finally:
+            target.close()
+
+
+def get_ticket(url: str, **options: Any) -> Ticket:
+    """Ask for a ticket and return it; `get` takes it in place of a URL.
+
+    The options are those of `get`, and so are the exceptions.
+    """
+    with _session(url, _Options(**options)) as session:
+        return session.ticket()
+
+
+def _session(url: Union[str, Ticket], options: _Options) -> _Session:
+    """Check the arguments and make them ready for use."""
+    if options.timeout is not None and options.timeout <= 0:
+        raise RequestError("timeout is not greater than 0")
+    if options.connections < 1:
+        raise RequestError("connections is less than 1")
+    if isinstance(url, Ticket):
+        _check_ticket(url)
+        return _Session(url, options)
+    return _Session(_TicketRequest(url, options), options)
+
+
+def _save(session: _Session, output: _Output, options: _Options) -> None:
+    """Fetch everything and write it."""
+    blocks = _blocks(session.ticket())
+    begin = position = current = 0
+    for block, offset, data in _deliver(session, blocks, output.rewindable):
+        if block != current:
+            begin, current = position, block
+        if begin + offset < position:
+            position = begin + offset
+            output.rewind(position)
+        output.write(data)
+        position += len(data)
+        if options.progress is not None:
+            options.progress(position, _total(blocks))
+
+
+def _total(blocks: List[_Block]) -> Optional[int]:
+    """Bytes in all blocks; None while one of them is not known."""
+    total = 0
+    for block in blocks:
+        if block.size is None:
+            return None
+        total += block.size
+    return total
+
+
+# ---- command line
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line with `argv` (default: sys.argv[1:]); return its status.
+
+    0: done. 1: refused or wrong, a rerun will not help. 2: wrong usage. 75: gave up,
+    a rerun may help. 130, 143: interrupted, terminated. 141: broken pipe.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("htsget: %(message)s"))
+    _log.addHandler(handler)
+    _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
+    try:
+        return _run(args)
+    finally:
+        _log.removeHandler(handler)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Do what the arguments say; errors become one line and an exit status."""
+    try:
+        _fetch(args)
+        return 0
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except RequestError as error:
+        status, message = 2, str(error)
+    except RetryableError as error:
+        status, message = 75, str(error)
+    except (HtsgetException, OSError) as error:
+        status, message = 1, str(error)
+    print("htsget: error: " + message, file=sys.stderr)
+    return status
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    """Call `get` with the arguments."""
+    if args.output in (None, "-"):
+        output: Any = io.FileIO(sys.stdout.fileno(), "w", closefd=False)
+    else:
+        output = args.output
+    names = set(_Options._fields) & set(vars(args))
+    options = {name: getattr(args, name) for name in names}
+    options["headers"] = _parse_headers(args.headers)
+    get(args.url, output, **options)
+
+
+def _parse_headers(texts: List[str]) -> Dict[str, str]:
+    """The headers of -H: "Name: value", or a JSON object as htsget 0.2.6 takes it."""
+    headers = {}
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            try:
+                headers.update(json.loads(text))
+            except ValueError as error:
+                raise RequestError("-H/--headers is not JSON: %s" % error) from None
+        else:
+            name, colon, value = text.partition(":")
+            if not colon:
+                raise RequestError("-H/--headers takes 'Name: value' or a JSON object")
+            headers[name.strip()] = value.strip()
+    return headers
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options; where `get` has the option too, its name is that of `get`."""
+    parser = argparse.ArgumentParser(
+        prog="htsget",
+        description="Fetch slices of BAM, CRAM, VCF and BCF files from htsget servers.",
+    )
+    add = parser.add_argument
+    add("url", metavar="URL", help="address of the data on an htsget server")
+    add("-V", "--version", action="version", version="%(prog)s " + __version__)
+
+    add = parser.add_argument_group("request").add_argument
+    add("-f", "--format", dest="data_format", help="BAM, CRAM, VCF or BCF")
+    add("-r", "--reference-name", metavar="NAME", help="reference, such as chr1")
+    add("-m", "--reference-md5", metavar="MD5", help="MD5 of the reference's sequence")
+    add("-s", "--start", type=int, metavar="N", help="first position, 0-based")
+    add("-e", "--end", type=int, metavar="N", help="position behind the last one")
+    add("--fields", metavar="LIST", help="SAM fields to include, comma-separated")
+    add("--tags", metavar="LIST", help="tags to include; '' for none")
+    add("--notags", metavar="LIST", help="tags to leave out")
+    add("--class", dest="data_class", metavar="CLASS", help="'header': header only")
+
+    add = parser.add_argument_group("transfer").add_argument
+    add("-M", "--max-retries", type=int, metavar="N", default=5,
+        help="retries in a row without progress; negative: no limit (default: 5)")  # fmt: skip
+    add("-W", "--retry-wait", type=float, metavar="SECONDS", default=5,
+        help="wait before the first retry (default: 5)")  # fmt: skip
+    add("-c", "--connections", type=int, metavar="N", default=4,
+        help="the most connections at once (default: 4)")  # fmt: skip
+    add("--no-verify", dest="verify", action="store_false",
+        help="do not check MD5, format and end of the data")  # fmt: skip
+
+    add = parser.add_argument_group("connection").add_argument
+    add("-T", "--timeout", type=float, metavar="SECONDS", default=120,
+        help="time without a byte after which to give up (default: 120)")  # fmt: skip
+    add("-b", "--bearer-token", metavar="TOKEN", help="token for the ticket server")
+    add("-H", "--headers", action="append", metavar="HEADER", default=[],
+        help="'Name: value' for the ticket server (repeatable), or a JSON object")  # fmt: skip
+
+    add = parser.add_argument_group("output").add_argument
+    add("-O", "--output", metavar="PATH", help="file to write (default: stdout)")
+    add("-v", "--verbose", action="count", default=0, help="tell more (twice: most)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

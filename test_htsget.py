@@ -1,0 +1,1351 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The htsget.py developers
+"""Tests of htsget.py against a real HTTP server on loopback, and that server.
+
+    python3 test_htsget.py demo [FILE]     serve a file and fetch it, no pytest needed
+    python3 test_htsget.py serve [FILE]    keep the server running
+    python3 -m pytest test_htsget.py       run the tests
+
+The server misbehaves where a test asks it to: see `File` and `damage`.
+"""
+
+import argparse
+import base64
+import collections
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import socket
+import socketserver
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import zlib
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# A key and a certificate for localhost, made for these tests and good for nothing else.
+TLS_KEY = """\
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIE3ppzsBZpTpLQqEPgQQ2kPI/5Nzslv7atrYlwm0VZeDoAoGCCqGSM49
+AwEHoUQDQgAElrEmii2tfrdz+I2WoxNB1IqzZQRu3s267t/Pl4AebsGTwnEy+hQv
+bfidS4xSj28jxW3PE6anmhJlk995SaOUSw==
+-----END EC PRIVATE KEY-----
+"""
+TLS_CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBuDCCAV2gAwIBAgIUO4PrjV3I0qZX051M0LdrnKYcITkwCgYIKoZIzj0EAwIw
+GjEYMBYGA1UEAwwPaHRzZ2V0LnB5IHRlc3RzMCAXDTI2MTEyMzA0MDMxN1oYDzIx
+MjYxMDMwMDQwMzE3WjAaMRgwFgYDVQQDDA9odHNnZXQucHkgdGVzdHMwWTATBgcq
+hkjOPQIBBggqhkjOPQMBBwNCAASWsSaKLa1+t3P4jZajE0HUirNlBG7ezbru38+X
+gB5uwZPCcTL6FC9t+J1LjFKPbyPFbc8TpqeaEmWT33lJo5RLo38wfTAdBgNVHQ4E
+FgQU55xswCQQaFzdSvYFRxWzPPWMC3IwHwYDVR0jBBgwFoAU55xswCQQaFzdSvYF
+RxWzPPWMC3IwGgYDVR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMA8GA1UdEwEB/wQF
+MAMBAf8wDgYDVR0PAQH/BAQDAgKEMAoGCCqGSM49BAMCA0kAMEYCIQDCuYUAbuam
+/Ojwu7p+3g8qzqhQNHLd6I+CX4hPZDEbgAIhAMLQXuLDtmwgJu98evFFelZBnRW9
+7R0y/ASiRs6LGb6C
+-----END CERTIFICATE-----
+"""
+
+BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+
+# ---- data
+
+
+def bgzf(content, block=16384):
+    """Compress into BGZF blocks, with the EOF block at the end."""
+    blocks = []
+    for start in range(0, len(content), block):
+        piece = content[start : start + block]
+        deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
+        body = deflate.compress(piece) + deflate.flush()
+        header = struct.pack("<4BI2BH2B2H", 31, 139, 8, 4, 0, 0, 255, 6, 66, 67, 2, 0)
+        blocks.append(
+            header[:-2]
+            + struct.pack("<H", len(body) + 25)
+            + body
+            + struct.pack("<2I", zlib.crc32(piece), len(piece))
+        )
+    return b"".join(blocks) + BGZF_EOF
+
+
+def make_bam(reads=4000):
+    """A small valid BAM file: unmapped reads of 100 bases."""
+    text = b"@HD\tVN:1.6\tSO:unsorted\n@SQ\tSN:chr1\tLN:248956422\n"
+    content = [b"BAM\1", struct.pack("<I", len(text)), text, struct.pack("<I", 1)]
+    content.append(struct.pack("<I5sI", 5, b"chr1\0", 248956422))
+    for number in range(reads):
+        name = b"read%06d\0" % number
+        bases = hashlib.sha512(name).digest()[:50]
+        bases = bytes((1 << (b & 3)) << 4 | 1 << (b >> 2 & 3) for b in bases)
+        core = struct.pack("<iiBBHHHiiii", -1, -1, len(name), 0, 4680, 0, 4, 100, -1, -1, 0)
+        record = core + name + bases + b"\x1e" * 100
+        content.append(struct.pack("<I", len(record)) + record)
+    return bgzf(b"".join(content))
+
+
+def pattern(size, seed=0):
+    """Bytes without a period that a shifted or repeated slice could hide in."""
+    pieces = (
+        hashlib.sha512(b"%d %d" % (seed, number)).digest() * 16
+        for number in range(size // 1024 + 1)
+    )
+    return b"".join(pieces)[:size]
+
+
+# ---- the server
+
+
+Request = collections.namedtuple("Request", "method path headers body connection")
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """HTTP on a free port of loopback; records what it is asked and what it sends."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, tls=False, handler=None, port=0):
+        super().__init__(("127.0.0.1", port), handler or Handler)
+        self.routes = {}
+        self.requests = []
+        self.connections = 0
+        self.sent = 0
+        self.lock = threading.Lock()
+        self.tls = None
+        if tls:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            with tempfile.NamedTemporaryFile("w", suffix=".pem", delete=False) as pem:
+                pem.write(TLS_KEY + TLS_CERTIFICATE)
+            self.tls.load_cert_chain(pem.name)
+            os.remove(pem.name)
+        self.port = self.server_address[1]
+        scheme, host = ("https", "localhost") if tls else ("http", "127.0.0.1")
+        self.url = "%s://%s:%d" % (scheme, host, self.port)
+
+    def start(self):
+        thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        thread.daemon = True
+        thread.start()
+        return self
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def at(self, path, route):
+        """Serve `route` (bytes, or a function of the handler) at `path`."""
+        self.routes[path] = route
+        return self.url + path
+
+    def ticket(self, blocks, path="/reads/x", **more):
+        """Serve a ticket of blocks: URLs, or pairs of a URL and headers."""
+        urls = [
+            {"url": block} if isinstance(block, str) else dict(url=block[0], headers=block[1])
+            for block in blocks
+        ]
+        document = {"htsget": dict({"urls": urls}, **more)}
+        return self.at(path, json.dumps(document).encode())
+
+    def asked(self, path):
+        """The requests that were made for `path`."""
+        return [r for r in self.requests if urllib.parse.urlsplit(r.path).path == path]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Hands each request to the route for its path."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 20
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        with self.server.lock:
+            self.server.connections += 1
+            self.number = self.server.connections
+        if self.server.tls:
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = Request(self.command, self.path, self.headers, body, self.number)
+        with self.server.lock:
+            self.server.requests.append(request)
+        route = self.server.routes.get(urllib.parse.urlsplit(self.path).path)
+        if route is None:
+            error = {"htsget": {"error": "NotFound", "message": "no such thing here"}}
+            self.reply(404, json.dumps(error).encode())
+        elif isinstance(route, bytes):
+            self.reply(200, route)
+        else:
+            route(self)
+
+    do_POST = do_GET
+
+    def head(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def reply(self, status, body=b"", headers=None):
+        """A complete answer."""
+        self.head(status, dict({"Content-Length": str(len(body))}, **(headers or {})))
+        self.send(body)
+
+    def send(self, data):
+        for start in range(0, len(data), 65536):
+            piece = data[start : start + 65536]
+            self.wfile.write(piece)
+            with self.server.lock:
+                self.server.sent += len(piece)
+
+    def send_chunked(self, data, size=10000):
+        for start in range(0, len(data), size):
+            piece = data[start : start + size]
+            self.wfile.write(b"%x\r\n" % len(piece))
+            self.send(piece)
+            self.wfile.write(b"\r\n")
+
+    def cut(self):
+        """End the connection here."""
+        self.close_connection = True
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def reset(self):
+        """End the connection with a TCP reset."""
+        self.connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        self.close_connection = True
+        self.rfile.close()
+        self.wfile.close()
+        self.connection.close()
+
+
+class File:
+    """A route that serves bytes, by ranges or not, and is damaged at first.
+
+    `damages`: one for each request, in order: None, or a function that is called with
+    the handler and the answer (status, headers, body) and returns True when it has
+    answered itself.
+    """
+
+    def __init__(self, data, ranges=True, etag=None, framing="length", damages=()):
+        self.data = data
+        self.ranges = ranges
+        self.etag = etag
+        self.framing = framing
+        self.damages = list(damages)
+        self.lock = threading.Lock()
+
+    def __call__(self, handler):
+        status, headers, body = self.answer(handler.headers)
+        with self.lock:
+            damage = self.damages.pop(0) if self.damages else None
+        if damage is None or not damage(handler, status, headers, body):
+            self.send(handler, status, headers, body)
+
+    def answer(self, headers):
+        common = {"ETag": self.etag} if self.etag else {}
+        wanted = re.match(r"bytes=(\d+)-(\d*)$", headers.get("Range", ""))
+        condition = headers.get("If-Range")
+        if not wanted or not self.ranges or condition not in (None, self.etag):
+            return 200, common, self.data
+        size, first = len(self.data), int(wanted.group(1))
+        last = min(int(wanted.group(2) or size - 1), size - 1)
+        if first >= size:
+            return 416, dict(common, **{"Content-Range": "bytes */%d" % size}), b""
+        content_range = "bytes %d-%d/%d" % (first, last, size)
+        return 206, dict(common, **{"Content-Range": content_range}), self.data[first : last + 1]
+
+    def send(self, handler, status, headers, body):
+        if self.framing == "length":
+            handler.reply(status, body, headers)
+        elif self.framing == "chunked":
+            handler.head(status, dict(headers, **{"Transfer-Encoding": "chunked"}))
+            handler.send_chunked(body)
+            handler.wfile.write(b"0\r\n\r\n")
+        else:
+            handler.head(status, dict(headers, Connection="close"))
+            handler.send(body)
+            handler.cut()
+
+
+class damage:
+    """What can befall an answer; each makes a function for `File.damages`."""
+
+    @staticmethod
+    def cut(count, how="cut"):
+        """The connection ends after `count` bytes of the body."""
+
+        def act(handler, status, headers, body):
+            if count >= len(body):
+                return False
+            handler.head(status, dict(headers, **{"Content-Length": str(len(body))}))
+            handler.send(body[:count])
+            getattr(handler, how)()
+            return True
+
+        return act
+
+    @staticmethod
+    def chunked_cut(count):
+        """A chunked body ends in the middle of a chunk."""
+
+        def act(handler, status, headers, body):
+            handler.head(status, dict(headers, **{"Transfer-Encoding": "chunked"}))
+            handler.send_chunked(body[:count])
+            handler.wfile.write(b"%x\r\n" % 5000)
+            handler.cut()
+            return True
+
+        return act
+
+    @staticmethod
+    def stall(count, seconds):
+        """Nothing more comes after `count` bytes of the body."""
+
+        def act(handler, status, headers, body):
+            handler.head(status, dict(headers, **{"Content-Length": str(len(body))}))
+            handler.send(body[:count])
+            time.sleep(seconds)
+            handler.cut()
+            return True
+
+        return act
+
+    @staticmethod
+    def status(code, **headers):
+        """Another status instead of the data."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+
+        def act(handler, status, headers, body):
+            handler.reply(code, b"", named)
+            return True
+
+        return act
+
+    @staticmethod
+    def raw(data):
+        """These bytes instead of an answer."""
+
+        def act(handler, status, headers, body):
+            handler.wfile.write(data)
+            handler.cut()
+            return True
+
+        return act
+
+    @staticmethod
+    def headers(**changed):
+        """Other headers than the right ones."""
+        named = {name.replace("_", "-"): value for name, value in changed.items()}
+
+        def act(handler, status, headers, body):
+            handler.reply(status, body, dict(headers, **named))
+            return True
+
+        return act
+
+    @staticmethod
+    def ignore_range(whole):
+        """The whole file with status 200."""
+
+        def act(handler, status, headers, body):
+            handler.reply(200, whole)
+            return True
+
+        return act
+
+
+def data_uri(content):
+    return "data:;base64," + base64.b64encode(content).decode()
+
+
+def sliced(server, data, count=4, path="/file", **options):
+    """Serve `data` as a file and return the blocks of a ticket for it."""
+    url = server.at(path, File(data, **options))
+    edges = [len(data) * number // count for number in range(count + 1)]
+    return [
+        (url, {"Range": "bytes=%d-%d" % (first, stop - 1)})
+        for first, stop in zip(edges, edges[1:])
+    ]
+
+
+# ---- demo
+
+
+def format_of(data):
+    """Format name, endpoint and file suffix for the first bytes of a file."""
+    if data[:4] == b"CRAM":
+        return "CRAM", "reads", ".cram"
+    if data[:2] == b"\x1f\x8b":
+        head = zlib.decompressobj(31).decompress(data, 4)
+        if head[:4] == b"BAM\1":
+            return "BAM", "reads", ".bam"
+        if head[:3] == b"BCF":
+            return "BCF", "variants", ".bcf"
+        return "VCF", "variants", ".vcf.gz"
+    return "VCF", "variants", ".vcf"
+
+
+def demo_server(data, port=0):
+    """A server with a ticket of several blocks for `data`; returns it, URL, name."""
+    data_format, endpoint, suffix = format_of(data)
+    server = Server(port=port)
+    head = min(400, len(data) // 2)
+    blocks = [data_uri(data[:head])]
+    server.at("/file", File(data, etag='"demo"'))
+    edges = [head + (len(data) - head) * number // 4 for number in range(5)]
+    for first, stop in zip(edges, edges[1:]):
+        if first < stop:
+            wanted = {"Range": "bytes=%d-%d" % (first, stop - 1)}
+            blocks.append((server.url + "/file", wanted))
+    url = server.ticket(
+        blocks,
+        "/%s/demo" % endpoint,
+        format=data_format,
+        md5=hashlib.md5(data).hexdigest(),
+    )
+    return server, url, "demo" + suffix
+
+
+def main(argv):
+    """The demo, and the server by itself."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("demo", "serve"))
+    parser.add_argument("file", nargs="?", help="BAM, CRAM, VCF or BCF; made if not given")
+    parser.add_argument("--port", type=int, default=0)
+    args = parser.parse_args(argv)
+    data = make_bam()
+    if args.file:
+        with open(args.file, "rb") as file:
+            data = file.read()
+    server, url, name = demo_server(data, args.port)
+    if args.what == "serve":
+        print("serving %s until Ctrl-C" % url, flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 130
+    server.start()
+    command = ["python3", os.path.relpath(os.path.join(HERE, "htsget.py")), url, "-O", name]
+    print("$ " + " ".join(command), flush=True)
+    status = subprocess.call([sys.executable] + command[1:])
+    server.stop()
+    if status:
+        return status
+    with open(name, "rb") as file:
+        arrived = file.read()
+    for request in server.requests:
+        print("  %s %s %s" % (request.method, request.path, request.headers.get("Range", "")))
+    same = arrived == data
+    print(
+        "%s: %d bytes, MD5 %s, %s"
+        % (
+            name,
+            len(arrived),
+            hashlib.md5(arrived).hexdigest(),
+            "identical to what was served" if same else "NOT what was served",
+        )
+    )
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
+
+# ---- tests
+
+import pytest  # noqa: E402
+
+import htsget  # noqa: E402
+
+@pytest.fixture
+def server():
+    with Server() as started:
+        started.start()
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture
+def tls_server():
+    with Server(tls=True) as started:
+        started.start()
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """No proxy, token or certificate setting of the machine's gets in the way."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith(("HTS_", "SSL_CERT", "NETRC")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
+
+
+@pytest.fixture
+def trusting():
+    """An SSL context that trusts the tests' certificate."""
+    return ssl.create_default_context(cadata=TLS_CERTIFICATE)
+
+
+QUICK = {"retry_wait": 0.01, "timeout": 5, "verify": False}
+
+
+def fetch(url, **options):
+    output = io.BytesIO()
+    htsget.get(url, output, **dict(QUICK, **options))
+    return output.getvalue()
+
+
+def htsget_command(*args, **more):
+    """Run the command line as a user does."""
+    command = [sys.executable, os.path.join(HERE, "htsget.py")] + list(args)
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, **more
+    )
+
+
+class Unseekable(io.RawIOBase):
+    """An output like a pipe."""
+
+    def __init__(self):
+        self.data = b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.data += bytes(data)
+        return len(data)
+
+
+# -- the ticket request
+
+
+@pytest.mark.parametrize(
+    "options, query",
+    [
+        ({}, ""),
+        ({"data_format": "bam"}, "format=BAM"),
+        ({"fields": "QNAME,flag"}, "fields=QNAME,FLAG"),
+        ({"fields": ["SEQ", "QUAL"]}, "fields=SEQ,QUAL"),
+        ({"tags": "NM,MD"}, "tags=NM,MD"),
+        ({"tags": []}, "tags="),
+        ({"tags": ""}, "tags="),
+        ({"tags": iter(["NM"]), "notags": ("OQ",)}, "tags=NM&notags=OQ"),
+        ({"notags": ""}, ""),
+        ({"reference_name": "chr1"}, "referenceName=chr1"),
+        ({"reference_name": "*"}, "referenceName=*"),
+        ({"reference_name": "a b&c=d"}, "referenceName=a%20b%26c%3Dd"),
+        (
+            {"reference_name": "1", "start": 0, "end": 4294967295},
+            "referenceName=1&start=0&end=4294967295",
+        ),
+        (
+            {"reference_md5": "0123456789abcdef0123456789ABCDEF", "start": 5},
+            "referenceMD5=0123456789abcdef0123456789ABCDEF&start=5",
+        ),
+        ({"data_class": "header", "data_format": "VCF"}, "format=VCF&class=header"),
+    ],
+)
+def test_options_reach_the_wire(server, options, query):
+    url = server.ticket([data_uri(b"x")])
+    htsget.get_ticket(url, **options)
+    assert server.requests[0].method == "GET"
+    assert server.requests[0].path.partition("?")[2] == query
+
+
+def test_query_and_escapes_of_the_url_are_kept_as_given(server):
+    server.ticket([], path="/reads/a%2Fb%20c")
+    url = server.url + "/reads/a%2Fb%20c?a=1&a=2&blank=&c=%2f#fragment"
+    htsget.get_ticket(url, data_format="BAM")
+    assert server.requests[0].path == "/reads/a%2Fb%20c?a=1&a=2&blank=&c=%2f&format=BAM"
+
+
+def test_a_url_with_spaces_and_umlauts_is_escaped(server):
+    server.ticket([], path="/reads/m%20%C3%BC")
+    htsget.get_ticket(server.url + "/reads/m \xfc")
+    assert server.requests[0].path == "/reads/m%20%C3%BC"
+
+
+def test_regions_are_posted_as_json(server):
+    url = server.ticket([data_uri(b"x")])
+    regions = [htsget.Region("chr1", 0, 10), ("chr2",), ("chr3", 5), ("*", None, None)]
+    ticket = htsget.get_ticket(
+        url + "?a=b",
+        data_format="bam",
+        fields="QNAME",
+        tags=[],
+        notags="OQ",
+        regions=iter(regions),
+    )
+    request = server.requests[0]
+    assert (request.method, request.path) == ("POST", "/reads/x?a=b")
+    assert request.headers["Content-Type"] == "application/json"
+    assert json.loads(request.body.decode()) == {
+        "format": "BAM",
+        "fields": ["QNAME"],
+        "tags": [],
+        "notags": ["OQ"],
+        "regions": [
+            {"referenceName": "chr1", "start": 0, "end": 10},
+            {"referenceName": "chr2"},
+            {"referenceName": "chr3", "start": 5},
+            {"referenceName": "*"},
+        ],
+    }
+    assert len(ticket.blocks) == 1
+
+
+def test_headers_and_token_go_to_the_ticket_server_only(server):
+    url = server.ticket([server.at("/block", b"data")])
+    headers = {"X-Api-Key": "k"}
+    assert fetch(url, headers=headers, bearer_token="secret") == b"data"
+    ticket, block = server.requests
+    assert ticket.headers["Authorization"] == "Bearer secret"
+    assert ticket.headers["X-Api-Key"] == "k"
+    assert ticket.headers["Accept"] == "application/vnd.ga4gh.htsget.v1.3.0+json"
+    assert ticket.headers["Accept-Encoding"] == "identity"
+    assert ticket.headers["User-Agent"] == "htsget.py/" + htsget.__version__
+    assert block.headers["Authorization"] is None
+    assert block.headers["X-Api-Key"] is None
+    assert headers == {"X-Api-Key": "k"}
+
+
+def test_the_token_wins_over_an_authorization_header(server, caplog):
+    url = server.ticket([])
+    htsget.get_ticket(url, headers={"authorization": "Basic xyz"}, bearer_token="t")
+    assert server.requests[0].headers.get_all("Authorization") == ["Bearer t"]
+    assert "replaces the Authorization header" in caplog.text
+
+
+def test_user_info_in_the_url_becomes_basic_authorization(server):
+    url = server.ticket([]).replace("//", "//me:p%40ss@")
+    htsget.get_ticket(url)
+    sent = server.requests[0].headers["Authorization"]
+    assert sent == "Basic " + base64.b64encode(b"me:p@ss").decode()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": 1},
+        {"end": 1},
+        {"reference_name": "*", "start": 1},
+        {"reference_name": "1", "start": -1},
+        {"reference_name": "1", "start": 2, "end": 1},
+        {"reference_name": "1", "end": 1 << 32},
+        {"reference_name": "1", "start": 1.5},
+        {"reference_md5": "xyz"},
+        {"fields": "QNAME,WRONG"},
+        {"fields": []},
+        {"tags": "NM", "notags": ["NM"]},
+        {"data_class": "header"},
+        {"data_class": "body", "data_format": "BAM"},
+        {"regions": []},
+        {"regions": [("*", 1, 2)]},
+        {"regions": [("1", 2, 1)]},
+        {"regions": [("1",)], "reference_name": "1"},
+        {"regions": [("1",)], "start": 1},
+        {"bearer_token": "a\r\nX: y"},
+        {"headers": {"X": "a\nb"}},
+        {"headers": {"X y": "a"}},
+        {"headers": {"X": "\u20ac"}},
+        {"headers": {"X": 1}},
+        {"timeout": 0},
+        {"connections": 0},
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_sent(server, options):
+    with pytest.raises(htsget.RequestError) as caught:
+        htsget.get_ticket(server.ticket([]), **options)
+    assert isinstance(caught.value, ValueError)
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize(
+    "url", ["", "reads/x", "ftp://h/x", "file:///etc/passwd", "http://", "http://h:x/", "http://h/a\nb", None]
+)
+def test_a_wrong_url_is_refused(url):
+    with pytest.raises(htsget.RequestError):
+        htsget.get(url, io.BytesIO())
+
+
+def test_the_signature_of_get_is_that_of_0_2_6():
+    code = htsget.get.__code__
+    assert code.co_varnames[: code.co_argcount] == (
+        "url", "output", "reference_name", "reference_md5", "start", "end", "fields",
+        "tags", "notags", "data_format", "max_retries", "retry_wait", "timeout",
+        "bearer_token", "headers",
+    )  # fmt: skip
+    assert htsget.get.__defaults__ == (None,) * 8 + (5, 5, 120, None, None)
+
+
+# -- the ticket
+
+
+def test_a_ticket_is_parsed(server):
+    url = server.ticket(
+        [data_uri(b"abc"), ("http://h/p", {"Range": "bytes=0-1"})],
+        format="bam",
+        md5="0" * 32,
+        unknown=[1],
+    )
+    assert htsget.get_ticket(url) == htsget.Ticket(
+        "BAM",
+        [
+            htsget.DataBlock(data_uri(b"abc"), {}, None),
+            htsget.DataBlock("http://h/p", {"Range": "bytes=0-1"}, None),
+        ],
+        "0" * 32,
+    )
+
+
+def test_both_names_of_the_class_are_read(server):
+    document = {
+        "other": 1,
+        "htsget": {
+            "urls": [
+                {"url": "data:,a", "class": "header", "headers": None},
+                {"url": "data:,b", "urlClass": "body", "x": {}},
+            ]
+        },
+        "more": None,
+    }
+    url = server.at("/t", b"\xef\xbb\xbf \n" + json.dumps(document).encode())
+    ticket = htsget.get_ticket(url)
+    assert [block.data_class for block in ticket.blocks] == ["header", "body"]
+    assert ticket.format is None and ticket.md5 is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  ",
+        "[]",
+        "{",
+        "{} x",
+        '{"htsget": 1}',
+        '{"htsget": {}}',
+        '{"htsget": {"urls": {}}}',
+        '{"htsget": {"urls": [1]}}',
+        '{"htsget": {"urls": [{}]}}',
+        '{"htsget": {"urls": [{"url": 1}]}}',
+        '{"htsget": {"urls": [{"url": "data:,", "headers": []}]}}',
+        '{"htsget": {"urls": [{"url": "data:,", "class": 1}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"A": 1}}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"A": "x\\r\\nB: y"}}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"A b": "x"}}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"A": "\\u20ac"}}]}}',
+        '{"htsget": {"urls": [], "format": 1}}',
+        '{"htsget": {"urls": [], "md5": "xyz"}}',
+        '{"htsget": {"urls": [], "x": NaN}}',
+        '{"htsget": {"urls": [{"url": "file:///etc/passwd"}]}}',
+        '{"htsget": {"urls": [{"url": "/etc/passwd"}]}}',
+        '{"htsget": {"urls": [{"url": "http:///x"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/a b"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/\\u0001"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h:99999/"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h:x/"}]}}',
+        '{"htsget": {"urls": [{"url": "http://[::1/"}]}}',
+        '{"htsget": {"urls": [{"url": "data:;base64"}]}}',
+        '{"htsget": {"urls": [{"url": "data:;base64,a$b="}]}}',
+        '{"htsget": {"urls": [{"url": "data:;base64,YQ"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"Range": "bytes=5-4"}}]}}',
+        '{"htsget": {"error": "NotFound", "message": "gone"}}',
+        "[" * 200000,
+        '{"a":' * 200000,
+        '{"htsget": {"urls": [], "x": "' + "\\ud800" + '", "y": ' + "9" * 100000 + "}",
+    ],
+)
+def test_a_broken_ticket_is_one_short_protocol_error(server, text):
+    with pytest.raises(htsget.ProtocolError) as caught:
+        fetch(server.at("/t", text.encode()))
+    assert len(str(caught.value)) < 500
+    assert len(server.requests) == 1
+
+
+def test_a_ticket_that_is_not_utf_8_is_a_protocol_error(server):
+    with pytest.raises(htsget.ProtocolError):
+        fetch(server.at("/t", b'{"htsget": "\xff"}'))
+
+
+def test_a_file_instead_of_a_ticket_is_given_up_early(server):
+    url = server.at("/t", make_bam() + bytes(50 << 20))
+    with pytest.raises(htsget.ProtocolError):
+        fetch(url)
+    assert server.sent < 20 << 20
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 451, 501])
+def test_a_refusal_is_a_client_error_with_type_and_message(server, status):
+    body = {"htsget": {"error": "SomeType", "message": "some text"}}
+    url = server.at("/t", lambda h: h.reply(status, json.dumps(body).encode()))
+    with pytest.raises(htsget.ClientError) as caught:
+        fetch(url)
+    error = caught.value
+    assert (error.status, error.error, error.message) == (status, "SomeType", "some text")
+    for part in (str(status), "SomeType", "some text"):
+        assert part in str(error)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body, shown",
+    [
+        (b"plain text", "plain text"),
+        (b'{"message": "of another kind"}', "of another kind"),
+        (b"<html>\r\n" + b"x" * 100000, "<html> xxx"),
+        (b"", "HTTP 404"),
+        (b"[1, 2]", "[1, 2]"),
+        (b'{"htsget": [1]}', "htsget"),
+        (b"\xff\x00\x1b[31m", "HTTP 404"),
+    ],
+)
+def test_an_error_body_of_any_kind_is_shown_shortened(server, body, shown):
+    url = server.at("/t", lambda h: h.reply(404, body))
+    with pytest.raises(htsget.ClientError) as caught:
+        fetch(url)
+    assert shown in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_a_ticket_is_taken_in_place_of_a_url(server):
+    ticket = htsget.Ticket("BAM", [htsget.DataBlock(server.at("/b", b"abc"))], None)
+    assert fetch(ticket) == b"abc"
+
+
+def test_a_ticket_shows_no_secrets():
+    block = htsget.DataBlock("http://u:p@h/x?sig=secret1", {"Authorization": "secret2"})
+    text = repr(htsget.Ticket("BAM", [block]))
+    assert "http://h/x" in text and "Authorization" in text
+    assert "secret" not in text and "u:p" not in text
+
+
+# -- data blocks
+
+
+@pytest.mark.parametrize(
+    "uri, content",
+    [
+        ("data:;base64,YWJj", b"abc"),
+        ("data:application/octet-stream;base64,YWI=", b"ab"),
+        ("data:base64,YWJj", b"abc"),
+        ("DATA:;BASE64,YWJj", b"abc"),
+        ("data:;base64,%2B%2F8%3D", b"\xfb\xff"),
+        ("data:;base64,+/8=", b"\xfb\xff"),
+        ("data:,a%20b%FF,c", b"a b\xff,c"),
+        ("data:text/plain;charset=utf-8,x", b"x"),
+        ("data:,", b""),
+        ("data:;base64,", b""),
+        ("data:;base64,YW%0AJj", b"abc"),
+    ],
+)
+def test_data_uris(server, uri, content):
+    headers = {"Authorization": "as the EGA sends"}
+    assert fetch(server.ticket([(uri, headers), data_uri(b"end")])) == content + b"end"
+
+
+def test_blocks_are_joined_in_order_with_their_headers(server):
+    data = pattern(100000)
+    blocks = sliced(server, data)
+    blocks[0][1]["X-One"] = "1"
+    url = server.ticket([data_uri(b"head")] + blocks + [server.at("/tail", b"tail")])
+    assert fetch(url) == b"head" + data + b"tail"
+    assert [r.headers["X-One"] for r in server.asked("/file")] == ["1", None, None, None]
+
+
+def test_an_empty_ticket_is_an_empty_file(server):
+    assert fetch(server.ticket([])) == b""
+
+
+def test_one_connection_serves_all_requests(server):
+    data = pattern(1000 * 100)
+    url = server.ticket(sliced(server, data, count=1000))
+    assert fetch(url, connections=1) == data
+    assert len(server.requests) == 1001
+    assert server.connections == 1
+
+
+def test_one_tls_connection_serves_all_requests(tls_server, trusting):
+    data = pattern(100000)
+    url = tls_server.ticket(sliced(tls_server, data, count=20))
+    assert fetch(url, connections=1, ssl_context=trusting) == data
+    assert tls_server.connections == 1
+
+
+def test_a_connection_that_died_while_idle_costs_no_retry(server):
+    def last_words(handler):
+        handler.reply(200, b"abc")
+        handler.close_connection = True  # without saying so
+
+    blocks = [server.at("/%d" % number, last_words) for number in range(5)]
+    assert fetch(server.ticket(blocks), max_retries=0) == b"abc" * 5
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(server, status):
+    def to(path):
+        return lambda h: h.reply(status, b"moved", {"Location": path})
+
+    server.at("/old", to("/new"))
+    data = pattern(1000)
+    server.at("/new", File(data))
+    server.at("/reads/old", to(server.ticket([(server.url + "/old", {"Range": "bytes=0-9"})])))
+    assert fetch(server.url + "/reads/old") == data[:10]
+    assert server.asked("/new")[0].headers["Range"] == "bytes=0-9"
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("status, method", [(301, "POST"), (302, "POST"), (303, "GET"), (307, "POST"), (308, "POST")])
+def test_a_redirected_post_keeps_its_regions(server, status, method):
+    server.ticket([data_uri(b"x")])
+    url = server.at("/old", lambda h: h.reply(status, b"", {"Location": "/reads/x"}))
+    assert fetch(url, regions=[("1", 0, 1)]) == b"x"
+    assert [request.method for request in server.requests] == ["POST", method]
+    assert server.requests[1].body == (server.requests[0].body if method == "POST" else b"")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_every_framing_of_a_block(server, framing, ranges):
+    data = pattern(300000)
+    blocks = sliced(server, data, framing=framing, ranges=ranges)
+    blocks.append(server.at("/plain", File(data, framing=framing)))
+    assert fetch(server.ticket(blocks)) == data * 2
+
+
+def test_http_1_0_without_a_length(server, caplog):
+    raw = b"HTTP/1.0 200 OK\r\n\r\n" + pattern(5000)
+    url = server.at("/b", File(b"", damages=[damage.raw(raw)]))
+    assert fetch(server.ticket([url])) == pattern(5000)
+    assert "does not say how long" in caplog.text
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_200_with_the_slice_for_a_range(server, framing):
+    data = pattern(5000)
+
+    def slice_with_200(handler):
+        status, headers, body = File(data).answer(handler.headers)
+        File(b"", framing=framing).send(handler, 200, {}, body)
+
+    url = server.at("/b", slice_with_200)
+    blocks = [(url, {"Range": "bytes=%d-%d" % r}) for r in ((100, 1999), (2000, 2999))]
+    assert fetch(server.ticket(blocks)) == data[100:3000]
+
+
+def test_206_for_a_plain_request_is_the_body(server):
+    headers = {"Content-Range": "bytes 100-109/5000"}
+    url = server.at("/b", lambda h: h.reply(206, b"0123456789", headers))
+    assert fetch(server.ticket([url])) == b"0123456789"
+
+
+def test_the_total_of_a_content_range_is_not_checked(server):
+    headers = {"Content-Range": "bytes 100-109/10"}
+    url = server.at("/b", lambda h: h.reply(206, b"0123456789", headers))
+    assert fetch(server.ticket([(url, {"Range": "bytes=100-109"})])) == b"0123456789"
+
+
+def test_206_without_content_range(server):
+    url = server.at("/b", lambda h: h.reply(206, b"0123456789"))
+    assert fetch(server.ticket([(url, {"Range": "bytes=100-109"})])) == b"0123456789"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_range_beyond_the_end_of_the_file(server, framing, ranges):
+    data = pattern(1000)
+    url = server.at("/b", File(data, framing=framing, ranges=ranges))
+    first = 0 if framing != "length" and not ranges else 100
+    wanted = {"Range": "bytes=%d-99999" % first}
+    options = {"max_retries": 0}
+    if framing == "close" and not ranges:
+        # Nothing tells such an end from a cut connection.
+        with pytest.raises(htsget.ContentLengthMismatch):
+            fetch(server.ticket([(url, wanted)]), **options)
+    else:
+        assert fetch(server.ticket([(url, wanted)]), **options) == data[first:]
+
+
+def test_an_open_range(server):
+    data = pattern(1000)
+    blocks = [(server.at("/b", File(data)), {"Range": "bytes=100-"})]
+    assert fetch(server.ticket(blocks)) == data[100:]
+
+
+def test_a_server_that_gives_ranges_in_pieces(server):
+    data = pattern(5000)
+
+    def pieces(handler):
+        first, last = map(int, handler.headers["Range"][6:].split("-"))
+        last = min(last, first + 999)
+        said = {"Content-Range": "bytes %d-%d/5000" % (first, last)}
+        handler.reply(206, data[first : last + 1], said)
+
+    wanted = {"Range": "bytes=500-4499"}
+    assert fetch(server.ticket([(server.at("/b", pieces), wanted)]), max_retries=0) == data[500:4500]
+
+
+@pytest.mark.parametrize(
+    "status, headers, length",
+    [
+        (206, {"Content-Range": "bytes 101-110/5000"}, 10),
+        (206, {"Content-Range": "bytes 100-110/5000"}, 11),
+        (206, {"Content-Range": "bytes 100-99/5000"}, 0),
+        (206, {"Content-Range": "nonsense"}, 10),
+        (206, {"Content-Range": "bytes 100-109/5000"}, 9),
+        (206, {"Content-Type": "multipart/byteranges; boundary=x"}, 10),
+        (206, {}, 11),
+        (200, {"Content-Type": "text/html"}, 10),
+        (200, {}, 99),
+    ],
+)
+def test_an_answer_with_other_bytes_is_a_protocol_error(server, status, headers, length):
+    url = server.at("/b", lambda h: h.reply(status, bytes(length), headers))
+    output = io.BytesIO()
+    with pytest.raises(htsget.ProtocolError):
+        htsget.get(
+            server.ticket([(url, {"Range": "bytes=100-109"})]),
+            output,
+            retry_wait=0,
+            max_retries=1,
+        )
+    assert output.getvalue() == b""
+
+
+def test_a_content_encoding_of_a_block_is_ignored(server):
+    url = server.at("/b", lambda h: h.reply(200, b"raw", {"Content-Encoding": "gzip"}))
+    assert fetch(server.ticket([url])) == b"raw"
+
+
+# -- retries
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504, 522])
+def test_passing_failures_are_retried(server, code):
+    data = pattern(1000)
+    url = server.at("/b", File(data, damages=[damage.status(code)] * 2))
+    assert fetch(server.ticket([url])) == data
+    assert len(server.asked("/b")) == 3
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 405, 410, 413, 416, 501])
+def test_refusals_are_not_retried(server, code):
+    url = server.at("/b", lambda h: h.reply(code))
+    with pytest.raises(htsget.ClientError) as caught:
+        fetch(htsget.Ticket(None, [htsget.DataBlock(url)]))
+    assert caught.value.status == code
+    assert len(server.asked("/b")) == 1
+
+
+def test_the_ticket_request_is_retried(server):
+    server.ticket([data_uri(b"x")])
+    ticket = server.routes["/reads/x"]
+    damages = [damage.status(503), damage.cut(5), damage.raw(b"garbage\r\n\r\n")]
+    url = server.at("/t", File(ticket, damages=damages))
+    assert fetch(url) == b"x"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_retries_end(server, limit):
+    url = server.at("/b", lambda h: h.reply(503, b"busy"))
+    with pytest.raises(htsget.RetryableIOError) as caught:
+        fetch(server.ticket([url]), max_retries=limit)
+    assert len(server.asked("/b")) == limit + 1
+    assert "503" in str(caught.value) and "busy" in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [-1, sys.maxsize])
+def test_retries_without_limit(server, limit):
+    url = server.at("/b", File(b"abc", damages=[damage.status(500)] * 40))
+    assert fetch(server.ticket([url]), max_retries=limit, retry_wait=0) == b"abc"
+
+
+def test_a_refused_connection_is_a_retryable_error_with_its_cause():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = "http://127.0.0.1:%d/" % unused.getsockname()[1]
+        with pytest.raises(htsget.RetryableIOError) as caught:
+            fetch(url, max_retries=1)
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+def test_a_stalled_connection_times_out_and_is_retried(server):
+    data = pattern(50000)
+    url = server.at("/b", File(data, damages=[damage.stall(20000, 2)]))
+    assert fetch(server.ticket([url]), timeout=0.3) == data
+
+
+def test_retry_after_is_obeyed(server):
+    url = server.at("/b", File(b"x", damages=[damage.status(503, Retry_After="1")]))
+    before = time.monotonic()
+    assert fetch(server.ticket([url])) == b"x"
+    assert 1 <= time.monotonic() - before < 3
+
+
+@pytest.mark.parametrize(
+    "value, seconds",
+    [
+        ("7", 7.0),
+        (" 7 ", 7.0),
+        ("0", 0.0),
+        ("-1", 0.0),
+        ("garbage", 0.0),
+        ("", 0.0),
+        (None, 0.0),
+        ("Thu, 01 Jan 1970 00:16:45 GMT", 5.0),
+        ("Thu, 01 Jan 1970 00:16:35 GMT", 0.0),
+        ("999999999", 3600.0),
+        ("Thu, 99 Jan 1970 00:16:35 GMT", 0.0),
+    ],
+)
+def test_retry_after_values(value, seconds):
+    assert htsget._retry_after(value, 1000.0) == seconds
+
+
+def test_waits_double_up_to_a_minute():
+    retry = htsget._Retry(-1, 5)
+    error = htsget.RetryableIOError("x")
+    waits = [retry.pause(error) for _ in range(7)]
+    for wait, expected in zip(waits, [5, 10, 20, 40, 60, 60, 60]):
+        assert expected <= wait <= expected * 1.2
+    retry.progress(1 << 16)
+    assert 5 <= retry.pause(error) <= 6
+    assert 100 <= htsget._Retry(-1, 100).pause(error) <= 120
+
+
+def test_a_wait_that_is_less_than_retry_after_is_lengthened():
+    error = htsget.RetryableIOError("x")
+    error._retry_after = 50.0
+    assert htsget._Retry(1, 1).pause(error) == 50.0
+
+
+# -- the output
+
+
+def test_an_output_that_begins_in_the_middle_of_a_file(server, tmp_path):
+    data = pattern(200000)
+    server.at("/b", File(data, ranges=False, damages=[damage.cut(150000)]))
+    path = tmp_path / "out"
+    path.write_bytes(b"0123456789" * 100000)
+    with io.open(str(path), "r+b") as output:
+        output.seek(10)
+        htsget.get(server.ticket([server.url + "/b"]), output, **QUICK)
+        assert output.tell() == 10 + len(data)
+    assert path.read_bytes()[: 10 + len(data)] == b"0123456789" + data
+
+
+def test_a_shorter_second_attempt_leaves_no_tail_of_the_first(server):
+    data = pattern(50000)
+    longer = File(data + bytes(100000), ranges=False, damages=[damage.cut(140000)])
+    shorter = File(data, ranges=False)
+
+    def route(handler):
+        (longer if longer.damages else shorter)(handler)
+
+    assert fetch(server.ticket([server.at("/b", route)])) == data
+
+
+def test_short_writes_of_a_raw_output_are_completed(server):
+    class Short(io.RawIOBase):
+        data = b""
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            self.data += bytes(data[:7])
+            return min(len(data), 7)
+
+    output = Short()
+    htsget.get(server.ticket([data_uri(pattern(1000))]), output, **QUICK)
+    assert output.data == pattern(1000)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenPipeError(), TimeoutError()])
+def test_errors_of_the_output_are_raised_at_once(server, error):
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise error
+
+    url = server.at("/b", b"abc")
+    with pytest.raises(type(error)) as caught:
+        htsget.get(server.ticket([url]), Full(), **QUICK)
+    assert caught.value is error
+    assert len(server.asked("/b")) == 1
+
+
+def test_a_path_is_written(server, tmp_path):
+    path = tmp_path / "out.bam"
+    url = server.ticket([data_uri(b"abc")])
+    htsget.get(url, path, verify=False)
+    assert path.read_bytes() == b"abc"
+    htsget.get(url, str(path), verify=False)
+    assert os.listdir(str(tmp_path)) == ["out.bam"]
+
+
+def test_callers_of_0_2_6_change_nothing(server, tmp_path):
+    from htsget import (  # noqa: F401
+        ClientError,
+        ContentLengthMismatch,
+        HtsgetException,
+        ProtocolError,
+        RetryableError,
+        RetryableIOError,
+        get,
+    )
+
+    data = make_bam(100)
+    url = server.ticket(sliced(server, data), format="BAM")
+    path = str(tmp_path / "slice.bam")
+    htsget.get(
+        url,
+        open(path, "wb"),
+        reference_name="chr1",
+        reference_md5=None,
+        start=0,
+        end=1000,
+        data_format="BAM",
+        max_retries=sys.maxsize,
+        retry_wait=5,
+        bearer_token="token",
+    )
+    with open(path, "rb") as file:
+        assert file.read() == data
+
+
+# -- the command line
+
+
+def test_the_command_line_fetches_a_file(server, tmp_path):
+    data = make_bam(200)
+    url = server.ticket(sliced(server, data), format="BAM")
+    path = tmp_path / "out.bam"
+    done = htsget_command(
+        url, "-O", str(path), "-f", "bam", "-r", "chr1", "-s", "5", "-e", "10",
+        "--fields", "QNAME,SEQ", "--tags", "", "--notags", "OQ", "-m", "0" * 32,
+        "-M", "2", "-W", "0.1", "-T", "5", "-b", "token", "-H", '{"X-A": "1"}', "-c", "1",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert path.read_bytes() == data
+    request = server.requests[0]
+    assert urllib.parse.parse_qs(request.path.partition("?")[2], True) == {
+        "format": ["BAM"],
+        "referenceName": ["chr1"],
+        "referenceMD5": ["0" * 32],
+        "start": ["5"],
+        "end": ["10"],
+        "fields": ["QNAME,SEQ"],
+        "tags": [""],
+        "notags": ["OQ"],
+    }
+    assert request.headers["Authorization"] == "Bearer token"
+    assert request.headers["X-A"] == "1"
+    assert server.connections == 1
+
+
+def test_long_options_are_those_of_0_2_6(server, tmp_path):
+    url = server.ticket([data_uri(b"x")])
+    done = htsget_command(
+        url, "--output", str(tmp_path / "o"), "--format", "VCF", "--reference-name", "1",
+        "--start", "0", "--end", "1", "--max-retries", "0", "--retry-wait", "1",
+        "--timeout", "9", "--bearer-token", "t", "--headers", "X-A: b", "--headers",
+        "X-C:d", "--class", "header", "--verbose", "--reference-md5", "0" * 32,
+        "--no-verify",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert server.requests[0].headers["X-A"] == "b"
+    assert server.requests[0].headers["X-C"] == "d"
+    assert "class=header" in server.requests[0].path
+
+
+@pytest.mark.parametrize("output", [[], ["-O", "-"], ["-O", "/dev/stdout"]])
+def test_standard_output_gets_the_data_and_nothing_else(server, output):
+    data = pattern(300000)
+    url = server.ticket(sliced(server, data))
+    done = htsget_command(url, "-vv", *output)
+    assert done.returncode == 0
+    assert done.stdout == data
+
+
+@pytest.mark.parametrize(
+    "status, route",
+    [
+        (1, lambda h: h.reply(404)),
+        (1, lambda h: h.reply(200, b"no ticket")),
+        (75, lambda h: h.reply(503)),
+        (75, lambda h: h.cut()),
+    ],
+)
+def test_an_existing_file_survives_a_failure(server, tmp_path, status, route):
+    path = tmp_path / "out"
+    path.write_bytes(b"precious")
+    done = htsget_command(server.at("/t", route), "-O", str(path), "-M", "1", "-W", "0")
+    assert done.returncode == status
+    assert path.read_bytes() == b"precious"
+    assert os.listdir(str(tmp_path)) == ["out"]
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("htsget: error: ")
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [["-s", "5"], ["-H", "{"], ["-H", "nonsense"], ["-H", "[1]"], ["-c", "0"], ["--wrong"]]
+)
+def test_usage_errors(server, args):
+    done = htsget_command(server.ticket([]), *args)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert server.connections == 0
+
+
+def test_version_and_help():
+    assert htsget_command("--version").stdout.decode().split() == ["htsget", htsget.__version__]
+    assert b"--reference-name" in htsget_command("--help").stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "htsget", "-V"], cwd=HERE, stdout=subprocess.PIPE
+    )
+    assert htsget.__version__.encode() in done.stdout
+
+
+def test_only_the_standard_library_is_imported():
+    code = (
+        "import sys; before = set(sys.modules); import htsget;"
+        "print([m for m in set(sys.modules) - before"
+        " if 'site-packages' in (getattr(sys.modules[m], '__file__', '') or '')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    assert done.stdout.strip() == b"[]"
