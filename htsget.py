@@ -37,6 +37,8 @@ they are.
 import argparse
 import base64
 import binascii
+import contextlib
+import copy
 import email.utils
 import hashlib
 import http.client
@@ -47,9 +49,12 @@ import operator
 import os
 import random
 import re
+import signal
 import ssl
 import stat
+import struct
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -58,6 +63,7 @@ from typing import (
     BinaryIO,
     Callable,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     List,
@@ -113,6 +119,9 @@ _ERROR_SHOWN = 300
 
 # What browsers and curl allow is more; an archive needs one or two.
 _REDIRECT_LIMIT = 10
+
+# Bytes after which the journal gets an entry: what a kill may cost.
+_JOURNAL_STEP = 1 << 20
 
 # New bytes after which a transfer counts as going on, so that its retries begin anew.
 _PROGRESS = 1 << 16
@@ -617,7 +626,7 @@ class _Answer:
         if not values:
             return None
         value = values.pop()
-        if values or not re.match(r"\d{1,18}\Z", value, re.ASCII):
+        if values or not re.match(r"\d{1,18}\Z", value, re.A):
             self.close()
             raise _damaged("a malformed Content-Length", self.url)
         return int(value)
@@ -949,7 +958,7 @@ def _refusal(answer: _Answer) -> HtsgetException:
 def _retry_after(value: Optional[str], now: float) -> float:
     """Seconds to wait for a Retry-After header (a number or a date) at time `now`."""
     text = (value or "").strip()
-    if re.match(r"\d{1,9}\Z", text, re.ASCII):
+    if re.match(r"\d{1,9}\Z", text, re.A):
         seconds = float(text)
     else:
         try:
@@ -1010,17 +1019,13 @@ class _Block:
         self.data: Optional[bytes] = None
         # Where the block begins in its file, if its Range says so.
         self.base = 0
-        # The server takes no other Range than the ticket's.
-        self.pinned = False
-        # The server answers a Range with the whole file.
-        self.whole = False
         # The Range is of a kind that cannot be reckoned with.
         self.opaque = False
+        # The server answers a Range with the whole file.
+        self.whole = False
         # The block was refused, and has not been served since.
         self.refused = False
         self.use(entry)
-        if self.data is None:
-            self._read_range()
 
     def use(self, entry: DataBlock) -> None:
         """Take URL and headers from a ticket's entry, the first or a renewed one."""
@@ -1028,15 +1033,23 @@ class _Block:
             self.data = _decode_data_uri(entry.url, "data block %d" % (self.index + 1))
             self.size = len(self.data)
             return
-        self.url, login = _without_userinfo(entry.url)
-        self.headers = login
+        self.url, self.headers = _without_userinfo(entry.url)
         for name, value in entry.headers.items():
             if name.lower() not in _OWN_HEADERS:
                 self.headers[name.title()] = value
         self.range = self.headers.get("Range")
+        self._read_range()
+        # The server takes no other Range than the ticket's: because that is signed,
+        # or because another one was refused.
+        signed = re.search(r"[?&]X-Amz-SignedHeaders=([^&]*)", self.url, re.I)
+        names = urllib.parse.unquote(signed.group(1)).lower() if signed else ""
+        self.pinned = self.opaque or "range" in names.split(";")
 
     def _read_range(self) -> None:
-        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", self.range or "", re.ASCII)
+        if self.range is None:
+            return
+        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", self.range, re.A)
+        self.opaque = match is None
         if match:
             self.base = int(match.group(1))
             if match.group(2):
@@ -1044,10 +1057,6 @@ class _Block:
                 if self.size <= 0:
                     text = "data block %d has a Range that ends before it begins"
                     raise ProtocolError(text % (self.index + 1))
-        signed = re.search(r"[?&]X-Amz-SignedHeaders=([^&]*)", self.url, re.I)
-        names = urllib.parse.unquote(signed.group(1)).lower() if signed else ""
-        self.opaque = self.range is not None and match is None
-        self.pinned = self.opaque or "range" in names.split(";")
 
 
 class _Asked(NamedTuple):
@@ -1116,7 +1125,7 @@ def _locate_partial(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
         end = None if answer.length is None else asked.start + answer.length
         span = _Span(asked.start, end, asked.end is None)
     else:
-        match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d+|\*)\s*\Z", text, re.ASCII)
+        match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d+|\*)\Z", text.strip(), re.A)
         if not match:
             raise _damaged("a malformed Content-Range", answer.url)
         first, stop = int(match.group(1)), int(match.group(2)) + 1
@@ -1159,8 +1168,6 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
 
 class _ObjectChanged(RetryableError):
     """What is behind a URL is not what earlier blocks were taken from."""
-
-    _transient = False
 
 
 class _Again(Exception):
@@ -1254,6 +1261,8 @@ def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
             return
         except _Again as reason:
             _log.info("%s", reason)
+        except _ObjectChanged:
+            raise
         except HtsgetException as error:
             session.pause(retry, error)
 
@@ -1302,8 +1311,8 @@ def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
         error = _refusal(answer)
         if asked.changed and answer.status in _RANGE_REFUSED_STATUS:
             block.pinned = True
-            continue
-        raise error
+        elif answer.status not in _EXPIRED_STATUS or not session.renew(block):
+            raise error
 
 
 def _check_surplus(part: _Part, asked: _Asked, span: _Span) -> None:
@@ -1356,6 +1365,8 @@ class _Session:
     ) -> None:
         self._source = source
         self._options = options
+        self._entries: List[DataBlock] = []
+        self.blocks: List[_Block] = []
         self.transport = _Transport(options.timeout, options.ssl_context)
 
     def __enter__(self) -> "_Session":
@@ -1385,6 +1396,57 @@ class _Session:
             except HtsgetException as error:
                 self.pause(retry, error)
 
+    def begin(self) -> Ticket:
+        """Get the ticket and make its blocks ready; those of one URL share an ETag."""
+        ticket = self.ticket()
+        stored: Dict[Any, _Stored] = {}
+        self._entries, self.blocks = ticket.blocks, []
+        for index, entry in enumerate(ticket.blocks):
+            others = frozenset(
+                item for item in entry.headers.items() if item[0].lower() != "range"
+            )
+            shared = stored.setdefault((entry.url, others), _Stored(index))
+            self.blocks.append(_Block(index, entry, shared))
+        return ticket
+
+    def total(self) -> Optional[int]:
+        """Bytes in all blocks; None while one of them is not known."""
+        sizes = [block.size for block in self.blocks]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def identity(self, ticket: Ticket) -> Dict[str, Any]:
+        """What tells this transfer from others, without secrets: digests of the
+        request and of what stays the same when the ticket is asked for again."""
+        request: Any = None
+        if not isinstance(self._source, Ticket):
+            request = self._source.url, (self._source.body or b"").decode("ascii")
+        lasting = [
+            (_shape(entry), entry.url.partition("?")[0], sorted(entry.headers))
+            for entry in ticket.blocks
+        ]
+        digests = (
+            hashlib.sha256(json.dumps(value).encode("ascii")).hexdigest()
+            for value in (request, (ticket.format, ticket.md5, lasting))
+        )
+        return dict(zip(("request", "ticket"), digests))
+
+    def renew(self, block: _Block) -> bool:
+        """Ask for the ticket again because a block's URL was refused, as it may have
+        expired. False when that has been tried, and the block not served since."""
+        if isinstance(self._source, Ticket) or block.refused:
+            return False
+        block.refused = True
+        _log.warning(
+            "%s was refused and may have expired; asking for the ticket again",
+            _shown(block.url),
+        )
+        entries = self.ticket().blocks
+        if list(map(_shape, entries)) != list(map(_shape, self._entries)):
+            raise RetryableError("the ticket, asked for again, has other data blocks")
+        for known, entry in zip(self.blocks, entries):
+            known.use(entry)
+        return True
+
     def _fetch_ticket(self, request: _TicketRequest) -> bytes:
         answer = self.transport.request(
             request.url, request.headers(), request.body, private=True
@@ -1412,17 +1474,11 @@ def _read_json(answer: _Answer) -> bytes:
     return bytes(body)
 
 
-def _blocks(ticket: Ticket) -> List[_Block]:
-    """The ticket's blocks, ready to be fetched; those of one URL share an ETag."""
-    stored: Dict[Any, _Stored] = {}
-    blocks = []
-    for index, entry in enumerate(ticket.blocks):
-        others = frozenset(
-            item for item in entry.headers.items() if item[0].lower() != "range"
-        )
-        shared = stored.setdefault((entry.url, others), _Stored(index))
-        blocks.append(_Block(index, entry, shared))
-    return blocks
+def _shape(entry: DataBlock) -> Tuple[Any, ...]:
+    """What stays the same of a data block when its URL is signed anew."""
+    headers = {name.lower(): value for name, value in entry.headers.items()}
+    inline = entry.url if entry.url[:5].lower() == "data:" else None
+    return headers.get("range"), entry.data_class, inline
 
 
 class _Chunk(NamedTuple):
@@ -1437,15 +1493,27 @@ class _Chunk(NamedTuple):
 
 
 def _deliver(
-    session: _Session, blocks: List[_Block], rewindable: bool
-) -> Iterator[_Chunk]:
-    """The blocks' bytes in order."""
-    for block in blocks:
-        for offset, data in _read_part(session, _Part(block, rewindable)):
-            yield _Chunk(block.index, offset, data)
+    session: _Session, rewindable: bool, block: int = 0, offset: int = 0
+) -> Generator[_Chunk, None, None]:
+    """The blocks' bytes in order, beginning in a block at an offset in it."""
+    for current in session.blocks[block:]:
+        for at, data in _read_part(session, _Part(current, rewindable, offset)):
+            yield _Chunk(current.index, at, data)
+        offset = 0
 
 
 # ---- output
+
+
+class _Place(NamedTuple):
+    """How far the output is: `position` bytes in all; the block that comes next, or
+    is being written, where it begins, and what is known of it."""
+
+    block: int = 0
+    begin: int = 0
+    position: int = 0
+    size: Optional[int] = None
+    etag: Optional[str] = None
 
 
 class _Output:
@@ -1487,6 +1555,26 @@ class _Output:
         self._stream.seek((self._start or 0) + position)
         self._stream.truncate()
 
+    def resume(self, identity: Dict[str, Any]) -> Optional[_Place]:
+        """Where an earlier run got to; only a path can know."""
+        return None
+
+    def kept(self, start: int, stop: int) -> Iterator[bytes]:
+        """What an earlier run left."""
+        return iter(())
+
+    def clear(self) -> None:
+        """Begin anew."""
+        if self.rewindable:
+            self.rewind(0)
+
+    def note(self, place: _Place, final: bool = False) -> None:
+        """Remember how far the output is."""
+
+    def kept_in(self) -> str:
+        """Where the data is when it turned out to be wrong."""
+        return "the output"
+
     def commit(self) -> None:
         """The data is complete."""
         flush = getattr(self._stream, "flush", None)
@@ -1498,24 +1586,130 @@ class _Output:
 
 
 class _PathOutput(_Output):
-    """A path, written as `path`.part and moved in place when complete."""
+    """A path: written as `path`.part, with a journal beside it, and moved in place.
+
+    The journal, `path`.part.json, says which request and ticket the part file is of,
+    and up to where it can be relied on. It is one write of a few hundred bytes.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._part = path + ".part"
-        super().__init__(io.open(self._part, "wb", buffering=0))
+        self._journal_path = path + ".part.json"
+        super().__init__(_open_locked(self._part))
+        self._start = 0
+        self._journal: Any = None
+        self._noted = 0
+        self._identity: Dict[str, Any] = {}
+
+    def resume(self, identity: Dict[str, Any]) -> Optional[_Place]:
+        """Where an earlier run of the same transfer got to, if it left something."""
+        self._identity = identity
+        size = self._stream.seek(0, os.SEEK_END)
+        try:
+            with io.open(self._journal_path, "rb") as file:
+                entry = json.loads(file.read().decode("utf-8"))
+            known = {name: entry.pop(name) for name in identity}
+            place = _Place(**entry)
+            if known != identity:
+                raise ValueError("it is of another request or ticket")
+            if not all(isinstance(number, int) for number in place[:3]):
+                raise ValueError("its journal is damaged")
+            if not 0 <= place.begin <= place.position <= size:
+                raise ValueError("it is shorter than it should be")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if size:
+                _log.warning("cannot go on with %s: %s", self._part, error)
+            return None
+        self.rewind(place.position)
+        _log.info("going on with %s at byte %d", self._part, place.position)
+        return place
+
+    def kept(self, start: int, stop: int) -> Iterator[bytes]:
+        """What the part file has from `start` up to `stop`."""
+        self._stream.seek(start)
+        while start < stop:
+            data = self._stream.read(min(_CHUNK, stop - start))
+            start += len(data)
+            yield data
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.note(_Place(), final=True)
+        self.rewind(0)
+
+    def note(self, place: _Place, final: bool = False) -> None:
+        """Make an entry in the journal if there is much to note, or at the end."""
+        if not final and 0 <= place.position - self._noted < _JOURNAL_STEP:
+            return
+        self._noted = place.position
+        if self._journal is None:
+            # Neither truncated here nor ever removed before it is superseded: a kill
+            # at any moment leaves the old entry or the new one.
+            mode = "r+b" if os.path.exists(self._journal_path) else "w+b"
+            self._journal = io.open(self._journal_path, mode, buffering=0)
+        entry = dict(self._identity, **place._asdict())
+        self._journal.seek(0)
+        self._journal.write(json.dumps(entry).encode("ascii"))
+        self._journal.truncate()
 
     def commit(self) -> None:
         """Move the file in place."""
         os.fsync(self._stream.fileno())
-        self._stream.close()
+        if os.name == "nt":
+            # An open file cannot be moved there.
+            self._stream.close()
         os.replace(self._part, self._path)
+        self._remove_journal()
+        self._stream.close()
 
     def close(self) -> None:
-        """Remove what is not complete."""
-        if not self._stream.closed:
-            self._stream.close()
+        """Let go of the part file, and remove it when there is nothing in it."""
+        if self._stream.closed:
+            return
+        empty = self._stream.seek(0, os.SEEK_END) == 0
+        if empty and os.name != "nt":
             os.remove(self._part)
+            self._remove_journal()
+        self._stream.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _remove_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        try:
+            os.remove(self._journal_path)
+        except FileNotFoundError:
+            pass
+
+    def kept_in(self) -> str:
+        """Where the data is when it turned out to be wrong."""
+        return self._part
+
+
+def _open_locked(path: str) -> BinaryIO:
+    """Open a file for appending, for this process alone where there are locks."""
+    while True:
+        stream = io.open(path, "a+b", buffering=0)
+        if fcntl is None:
+            return stream
+        try:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            text = "another process is writing to it"
+            raise BlockingIOError(error.errno, text, path) from None
+        except OSError:
+            # A file system without locks.
+            return stream
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
+                return stream
+        except FileNotFoundError:
+            pass
+        # The process that had the lock has moved the file in place.
+        stream.close()
 
 
 class _DeviceOutput(_Output):
@@ -1548,6 +1742,212 @@ def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
     return _PathOutput(os.path.realpath(path))
 
 
+# ---- verifier
+
+# The empty BGZF block that ends BAM, BCF and compressed VCF files (SAM spec 4.1.2).
+_BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+# A BGZF block's header: magic, 6 bytes, XLEN, subfield BC of length 2, BSIZE.
+_BGZF_HEADER = struct.Struct("<I6xHIH")
+_BGZF_MAGIC = 0x04088B1F
+_BGZF_SUBFIELD = 0x00024342
+
+# The containers that end CRAM files, by version (CRAM spec 9).
+_CRAM_EOF = {
+    b"\x02\x01": bytes.fromhex(
+        "0b000000ffffffff0fe0454f460000000001000001000606010001000100"
+    ),
+    b"\x03": bytes.fromhex(
+        "0f000000ffffffff0fe0454f4600000000010005bdd94f0001000606010001000100ee63014b"
+    ),
+}
+
+# What a file of a format may begin with.
+_BEGINNINGS = {
+    "BAM": ("BGZF", "BAM"),
+    "BCF": ("BGZF", "BCF"),
+    "CRAM": ("CRAM",),
+    "VCF": ("VCF", "BGZF", "gzip"),
+}
+
+
+def _kind(head: bytes) -> Optional[str]:
+    """What the first bytes of a file show it to be."""
+    if head[:4] == b"\x1f\x8b\x08\x04" and head[12:14] == b"BC":
+        return "BGZF"
+    for magic, kind in (
+        (b"\x1f\x8b", "gzip"),
+        (b"CRAM", "CRAM"),
+        (b"BAM\1", "BAM"),
+        (b"BCF\2", "BCF"),
+        (b"##", "VCF"),
+    ):
+        if head.startswith(magic):
+            return kind
+    return None
+
+
+class _Bgzf:
+    """Walks the chain of BGZF blocks by their sizes, without decompressing."""
+
+    def __init__(self) -> None:
+        # Where the data at hand begins, where the next block should, what follows.
+        self._start = 0
+        self._next = 0
+        self._carried = b""
+        self._tail = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        if len(data) < len(_BGZF_EOF):
+            self._tail += data
+        else:
+            self._tail = data
+        self._tail = self._tail[-len(_BGZF_EOF) :]
+        if self._carried:
+            data = self._carried + data
+        at, last = self._next - self._start, len(data) - _BGZF_HEADER.size
+        while at <= last:
+            magic, extra, subfield, size = _BGZF_HEADER.unpack_from(data, at)
+            if magic != _BGZF_MAGIC or extra != 6 or subfield != _BGZF_SUBFIELD:
+                found = self._odd_header(data, at)
+                if found is None:
+                    break
+                size = found
+            at += size + 1
+        self._carried = data[at:]
+        self._next = self._start + at
+        self._start += len(data) - len(self._carried)
+
+    def _odd_header(self, data: bytes, at: int) -> Optional[int]:
+        """BSIZE of a header with further subfields; None while it is incomplete."""
+        if data[at : at + 4] == b"\x1f\x8b\x08\x04":
+            (extra,) = struct.unpack_from("<H", data, at + 10)
+            field, end = at + 12, at + 12 + extra
+            if end > len(data):
+                return None
+            while field + 6 <= end:
+                name, length, size = struct.unpack_from("<2sHH", data, field)
+                if name == b"BC" and length == 2 and size >= extra + 19:
+                    return int(size)
+                field += 4 + length
+        raise IntegrityError(
+            "byte %d: the next BGZF block was expected, found %r"
+            % (self._start + at, data[at : at + 4])
+        )
+
+    def finish(self, header_only: bool) -> None:
+        """Is the last block complete, and is it the EOF marker?"""
+        end = self._start + len(self._carried)
+        if end != self._next or self._carried:
+            raise IntegrityError(
+                "byte %d: the data ends inside a BGZF block that goes on to byte %d"
+                % (end, max(self._next, end + 1))
+            )
+        if not header_only and self._tail != _BGZF_EOF:
+            raise _no_eof_marker(end - len(_BGZF_EOF), "BGZF EOF marker")
+
+
+class _Cram:
+    """Looks for the EOF container at the end of a CRAM file."""
+
+    def __init__(self, head: bytes) -> None:
+        marker = _CRAM_EOF.get(head[4:6]) or _CRAM_EOF.get(head[4:5])
+        # Other versions have none.
+        self._marker = marker or b""
+        self._tail = b""
+        self._end = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._tail = (self._tail + data[-38:])[-38:]
+        self._end += len(data)
+
+    def finish(self, header_only: bool) -> None:
+        """Is the EOF container there?"""
+        found = bytearray(self._tail[len(self._tail) - len(self._marker) :])
+        if len(found) > 8:
+            # The high bits of the fifth byte of -1 in ITF8 are of no meaning.
+            found[8] &= 0x0F
+        if not header_only and found != self._marker:
+            raise _no_eof_marker(self._end - len(self._marker), "CRAM EOF container")
+
+
+def _no_eof_marker(offset: int, name: str) -> IntegrityError:
+    return IntegrityError(
+        "byte %d: the %s was expected, so the data may be truncated; if the server "
+        "never sends one, verify=False (--no-verify) accepts it" % (offset, name)
+    )
+
+
+class _Verifier:
+    """Checks what can be checked of the data while it goes by, in constant memory."""
+
+    def __init__(self, ticket: Ticket, header_only: bool, enabled: bool) -> None:
+        classes = {block.data_class for block in ticket.blocks}
+        self._header_only = header_only or classes == {"header"}
+        self._format = ticket.format if enabled else None
+        self._expected = ticket.md5.lower() if ticket.md5 and enabled else None
+        self._md5 = _new_md5() if self._expected else None
+        # The first bytes, until they are enough to tell what they belong to.
+        self._head: Optional[bytes] = b"" if enabled else None
+        self._check: Union[_Bgzf, _Cram, None] = None
+
+    def copy(self) -> "_Verifier":
+        """The verifier as it is now, to be taken up again later."""
+        other = copy.copy(self)
+        other._md5 = self._md5.copy() if self._md5 else None
+        other._check = copy.copy(self._check)
+        return other
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        if self._md5 is not None:
+            self._md5.update(data)
+        if self._head is not None:
+            self._head += data
+            if len(self._head) >= _BGZF_HEADER.size:
+                self._begin(self._head)
+        elif self._check is not None:
+            self._check.feed(data)
+
+    def _begin(self, head: bytes) -> None:
+        """Compare the first bytes with the format; choose the further checks."""
+        kind = _kind(head)
+        allowed = _BEGINNINGS.get(self._format or "")
+        if allowed is not None and kind not in allowed:
+            text = "byte 0: %s data was expected, found %r"
+            raise IntegrityError(text % (self._format, head[:4]))
+        if kind == "BGZF":
+            self._check = _Bgzf()
+        elif kind == "CRAM":
+            self._check = _Cram(head)
+        if self._check is not None:
+            self._check.feed(head)
+        self._head = None
+
+    def finish(self) -> None:
+        """All data has gone by: raise IntegrityError if it is not what it should be."""
+        if self._head is not None:
+            self._begin(self._head)
+        if self._check is not None:
+            self._check.finish(self._header_only)
+        if self._md5 is not None and self._md5.hexdigest() != self._expected:
+            text = "the MD5 of the data is %s, but the ticket says %s"
+            raise IntegrityError(text % (self._md5.hexdigest(), self._expected))
+
+
+def _new_md5() -> Any:
+    """An MD5 object; None where the system forbids MD5 (FIPS)."""
+    try:
+        if sys.version_info >= (3, 9):
+            return hashlib.md5(usedforsecurity=False)
+        return hashlib.md5()
+    except ValueError:
+        _log.warning("MD5 is not available here, so the ticket's is not checked")
+        return None
+
+
 # ---- public functions
 
 
@@ -1574,7 +1974,7 @@ def get(
     verify: bool = True,
     resume: bool = True,
     progress: Optional[Callable[[int, Optional[int]], Any]] = None,
-    ssl_context: Optional[ssl.SSLContext] = None
+    ssl_context: Optional[ssl.SSLContext] = None,
 ) -> None:
     """Fetch data from an htsget server and write it to `output`.
 
@@ -1666,29 +2066,120 @@ def _session(url: Union[str, Ticket], options: _Options) -> _Session:
 
 
 def _save(session: _Session, output: _Output, options: _Options) -> None:
-    """Fetch everything and write it."""
-    blocks = _blocks(session.ticket())
-    begin = position = current = 0
-    for block, offset, data in _deliver(session, blocks, output.rewindable):
-        if block != current:
-            begin, current = position, block
-        if begin + offset < position:
-            position = begin + offset
-            output.rewind(position)
-        output.write(data)
-        position += len(data)
-        if options.progress is not None:
-            options.progress(position, _total(blocks))
+    """Fetch everything and write it; start over when the object has changed."""
+    retry = session.new_retry()
+    resume = options.resume
+    while True:
+        try:
+            _save_once(session, output, options, resume)
+            return
+        except _ObjectChanged as error:
+            if not output.rewindable:
+                raise
+            session.pause(retry, error)
+            resume = False
+        except IntegrityError as error:
+            text = "%s; the data is kept in %s" % (error, output.kept_in())
+            raise IntegrityError(text) from None
 
 
-def _total(blocks: List[_Block]) -> Optional[int]:
-    """Bytes in all blocks; None while one of them is not known."""
-    total = 0
-    for block in blocks:
-        if block.size is None:
-            return None
-        total += block.size
-    return total
+def _save_once(
+    session: _Session, output: _Output, options: _Options, resume: bool
+) -> None:
+    """Fetch what is missing and write it."""
+    ticket = session.begin()
+    writer = _Writer(session, ticket, output, options)
+    try:
+        writer.begin(resume)
+        place = writer.place
+        offset = place.position - place.begin
+        chunks = _deliver(session, output.rewindable, place.block, offset)
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                writer.take(chunk)
+        writer.finish()
+    finally:
+        writer.note()
+
+
+class _Writer:
+    """Takes the chunks to the output, the verifier and the progress function."""
+
+    def __init__(
+        self, session: _Session, ticket: Ticket, output: _Output, options: _Options
+    ) -> None:
+        self.place = _Place()
+        self._session = session
+        self._ticket = ticket
+        self._output = output
+        self._options = options
+        self._verifier = self._marked = self._new_verifier()
+
+    def _new_verifier(self) -> _Verifier:
+        header_only = self._options.data_class == "header"
+        return _Verifier(self._ticket, header_only, self._options.verify)
+
+    def begin(self, resume: bool) -> None:
+        """Go on where an earlier run stopped, if that is beyond doubt."""
+        place = self._output.resume(self._session.identity(self._ticket))
+        if place is not None and resume:
+            try:
+                self._go_on(place)
+                return
+            except IntegrityError as error:
+                _log.warning("starting over: what was kept is wrong: %s", error)
+                self._verifier = self._new_verifier()
+        self._marked = self._verifier.copy()
+        self._output.clear()
+
+    def _go_on(self, place: _Place) -> None:
+        """Verify what was kept, and take up the state of the block that comes next."""
+        if self._options.verify:
+            for data in self._output.kept(0, place.begin):
+                self._verifier.feed(data)
+        self._marked = self._verifier.copy()
+        if self._options.verify:
+            for data in self._output.kept(place.begin, place.position):
+                self._verifier.feed(data)
+        if place.block == len(self._session.blocks):
+            self._verifier.copy().finish()
+        else:
+            block = self._session.blocks[place.block]
+            block.size = place.size if block.size is None else block.size
+            block.stored.etag, block.stored.first = place.etag, -1
+        self.place = place
+
+    def take(self, chunk: _Chunk) -> None:
+        """Write a chunk; one that goes back in its block makes the block begin anew."""
+        block, begin, position = self.place[:3]
+        if chunk.block != block:
+            block, begin = chunk.block, position
+            self._marked = self._verifier.copy()
+        elif begin + chunk.offset < position:
+            position = begin
+            self._output.rewind(begin)
+            self._verifier = self._marked.copy()
+        self._output.write(chunk.data)
+        self._verifier.feed(chunk.data)
+        position += len(chunk.data)
+        state = self._session.blocks[block]
+        self.place = _Place(block, begin, position, state.size, state.stored.etag)
+        self._output.note(self.place)
+        if self._options.progress is not None:
+            self._options.progress(position, self._session.total())
+
+    def finish(self) -> None:
+        """All is written: is it what it should be?"""
+        position = self.place.position
+        self.place = _Place(len(self._session.blocks), position, position)
+        self._verifier.finish()
+
+    def note(self) -> None:
+        """Have the journal say all there is to say."""
+        try:
+            self._output.note(self.place, final=True)
+        except OSError as error:
+            _log.warning("cannot write the journal: %s", error)
 
 
 # ---- command line
@@ -1717,10 +2208,13 @@ def main(argv: Optional[List[str]] = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Do what the arguments say; errors become one line and an exit status."""
     try:
-        _fetch(args)
+        with _terminable():
+            _fetch(args)
         return 0
     except BrokenPipeError:
         return 141
+    except _Terminated:
+        status, message = 143, "terminated"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except RequestError as error:
@@ -1731,6 +2225,27 @@ def _run(args: argparse.Namespace) -> int:
         status, message = 1, str(error)
     print("htsget: error: " + message, file=sys.stderr)
     return status
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end what runs here as Ctrl-C does, in order."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -1785,20 +2300,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("transfer").add_argument
     add("-M", "--max-retries", type=int, metavar="N", default=5,
-        help="retries in a row without progress; negative: no limit (default: 5)")  # fmt: skip
+        help="retries in a row without progress; < 0: no limit (default: 5)")  # fmt: skip
     add("-W", "--retry-wait", type=float, metavar="SECONDS", default=5,
         help="wait before the first retry (default: 5)")  # fmt: skip
     add("-c", "--connections", type=int, metavar="N", default=4,
         help="the most connections at once (default: 4)")  # fmt: skip
     add("--no-verify", dest="verify", action="store_false",
         help="do not check MD5, format and end of the data")  # fmt: skip
+    add("--no-resume", dest="resume", action="store_false",
+        help="start over instead of going on with PATH.part")  # fmt: skip
 
     add = parser.add_argument_group("connection").add_argument
     add("-T", "--timeout", type=float, metavar="SECONDS", default=120,
         help="time without a byte after which to give up (default: 120)")  # fmt: skip
     add("-b", "--bearer-token", metavar="TOKEN", help="token for the ticket server")
     add("-H", "--headers", action="append", metavar="HEADER", default=[],
-        help="'Name: value' for the ticket server (repeatable), or a JSON object")  # fmt: skip
+        help="'Name: value' for the ticket server (repeatable), or JSON")  # fmt: skip
 
     add = parser.add_argument_group("output").add_argument
     add("-O", "--output", metavar="PATH", help="file to write (default: stdout)")

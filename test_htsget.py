@@ -87,7 +87,9 @@ def make_bam(reads=4000):
         name = b"read%06d\0" % number
         bases = hashlib.sha512(name).digest()[:50]
         bases = bytes((1 << (b & 3)) << 4 | 1 << (b >> 2 & 3) for b in bases)
-        core = struct.pack("<iiBBHHHiiii", -1, -1, len(name), 0, 4680, 0, 4, 100, -1, -1, 0)
+        core = struct.pack(
+            "<iiBBHHHiiii", -1, -1, len(name), 0, 4680, 0, 4, 100, -1, -1, 0
+        )
         record = core + name + bases + b"\x1e" * 100
         content.append(struct.pack("<I", len(record)) + record)
     return bgzf(b"".join(content))
@@ -154,7 +156,9 @@ class Server(socketserver.ThreadingTCPServer):
     def ticket(self, blocks, path="/reads/x", **more):
         """Serve a ticket of blocks: URLs, or pairs of a URL and headers."""
         urls = [
-            {"url": block} if isinstance(block, str) else dict(url=block[0], headers=block[1])
+            {"url": block}
+            if isinstance(block, str)
+            else dict(url=block[0], headers=block[1])
             for block in blocks
         ]
         document = {"htsget": dict({"urls": urls}, **more)}
@@ -277,7 +281,11 @@ class File:
         if first >= size:
             return 416, dict(common, **{"Content-Range": "bytes */%d" % size}), b""
         content_range = "bytes %d-%d/%d" % (first, last, size)
-        return 206, dict(common, **{"Content-Range": content_range}), self.data[first : last + 1]
+        return (
+            206,
+            dict(common, **{"Content-Range": content_range}),
+            self.data[first : last + 1],
+        )
 
     def send(self, handler, status, headers, body):
         if self.framing == "length":
@@ -435,7 +443,9 @@ def main(argv):
     """The demo, and the server by itself."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("demo", "serve"))
-    parser.add_argument("file", nargs="?", help="BAM, CRAM, VCF or BCF; made if not given")
+    parser.add_argument(
+        "file", nargs="?", help="BAM, CRAM, VCF or BCF; made if not given"
+    )
     parser.add_argument("--port", type=int, default=0)
     args = parser.parse_args(argv)
     data = make_bam()
@@ -450,7 +460,13 @@ def main(argv):
         except KeyboardInterrupt:
             return 130
     server.start()
-    command = ["python3", os.path.relpath(os.path.join(HERE, "htsget.py")), url, "-O", name]
+    command = [
+        "python3",
+        os.path.relpath(os.path.join(HERE, "htsget.py")),
+        url,
+        "-O",
+        name,
+    ]
     print("$ " + " ".join(command), flush=True)
     status = subprocess.call([sys.executable] + command[1:])
     server.stop()
@@ -459,7 +475,10 @@ def main(argv):
     with open(name, "rb") as file:
         arrived = file.read()
     for request in server.requests:
-        print("  %s %s %s" % (request.method, request.path, request.headers.get("Range", "")))
+        print(
+            "  %s %s %s"
+            % (request.method, request.path, request.headers.get("Range", ""))
+        )
     same = arrived == data
     print(
         "%s: %d bytes, MD5 %s, %s"
@@ -483,6 +502,7 @@ import pytest  # noqa: E402
 
 import htsget  # noqa: E402
 
+
 @pytest.fixture
 def server():
     with Server() as started:
@@ -503,7 +523,9 @@ def tls_server():
 def environment(monkeypatch):
     """No proxy, token or certificate setting of the machine's gets in the way."""
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("HTS_", "SSL_CERT", "NETRC")):
+        if name.lower().endswith("_proxy") or name.startswith(
+            ("HTS_", "SSL_CERT", "NETRC")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
@@ -691,7 +713,17 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(server, options):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "reads/x", "ftp://h/x", "file:///etc/passwd", "http://", "http://h:x/", "http://h/a\nb", None]
+    "url",
+    [
+        "",
+        "reads/x",
+        "ftp://h/x",
+        "file:///etc/passwd",
+        "http://",
+        "http://h:x/",
+        "http://h/a\nb",
+        None,
+    ],
 )
 def test_a_wrong_url_is_refused(url):
     with pytest.raises(htsget.RequestError):
@@ -812,7 +844,11 @@ def test_a_refusal_is_a_client_error_with_type_and_message(server, status):
     with pytest.raises(htsget.ClientError) as caught:
         fetch(url)
     error = caught.value
-    assert (error.status, error.error, error.message) == (status, "SomeType", "some text")
+    assert (error.status, error.error, error.message) == (
+        status,
+        "SomeType",
+        "some text",
+    )
     for part in (str(status), "SomeType", "some text"):
         assert part in str(error)
     assert len(server.requests) == 1
@@ -881,7 +917,12 @@ def test_blocks_are_joined_in_order_with_their_headers(server):
     blocks[0][1]["X-One"] = "1"
     url = server.ticket([data_uri(b"head")] + blocks + [server.at("/tail", b"tail")])
     assert fetch(url) == b"head" + data + b"tail"
-    assert [r.headers["X-One"] for r in server.asked("/file")] == ["1", None, None, None]
+    assert [r.headers["X-One"] for r in server.asked("/file")] == [
+        "1",
+        None,
+        None,
+        None,
+    ]
 
 
 def test_an_empty_ticket_is_an_empty_file(server):
@@ -920,19 +961,26 @@ def test_redirects_are_followed(server, status):
     server.at("/old", to("/new"))
     data = pattern(1000)
     server.at("/new", File(data))
-    server.at("/reads/old", to(server.ticket([(server.url + "/old", {"Range": "bytes=0-9"})])))
+    server.at(
+        "/reads/old", to(server.ticket([(server.url + "/old", {"Range": "bytes=0-9"})]))
+    )
     assert fetch(server.url + "/reads/old") == data[:10]
     assert server.asked("/new")[0].headers["Range"] == "bytes=0-9"
     assert server.connections == 1
 
 
-@pytest.mark.parametrize("status, method", [(301, "POST"), (302, "POST"), (303, "GET"), (307, "POST"), (308, "POST")])
+@pytest.mark.parametrize(
+    "status, method",
+    [(301, "POST"), (302, "POST"), (303, "GET"), (307, "POST"), (308, "POST")],
+)
 def test_a_redirected_post_keeps_its_regions(server, status, method):
     server.ticket([data_uri(b"x")])
     url = server.at("/old", lambda h: h.reply(status, b"", {"Location": "/reads/x"}))
     assert fetch(url, regions=[("1", 0, 1)]) == b"x"
     assert [request.method for request in server.requests] == ["POST", method]
-    assert server.requests[1].body == (server.requests[0].body if method == "POST" else b"")
+    assert server.requests[1].body == (
+        server.requests[0].body if method == "POST" else b""
+    )
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
@@ -1013,7 +1061,10 @@ def test_a_server_that_gives_ranges_in_pieces(server):
         handler.reply(206, data[first : last + 1], said)
 
     wanted = {"Range": "bytes=500-4499"}
-    assert fetch(server.ticket([(server.at("/b", pieces), wanted)]), max_retries=0) == data[500:4500]
+    assert (
+        fetch(server.ticket([(server.at("/b", pieces), wanted)]), max_retries=0)
+        == data[500:4500]
+    )
 
 
 @pytest.mark.parametrize(
@@ -1030,7 +1081,9 @@ def test_a_server_that_gives_ranges_in_pieces(server):
         (200, {}, 99),
     ],
 )
-def test_an_answer_with_other_bytes_is_a_protocol_error(server, status, headers, length):
+def test_an_answer_with_other_bytes_is_a_protocol_error(
+    server, status, headers, length
+):
     url = server.at("/b", lambda h: h.reply(status, bytes(length), headers))
     output = io.BytesIO()
     with pytest.raises(htsget.ProtocolError):
@@ -1192,7 +1245,9 @@ def test_short_writes_of_a_raw_output_are_completed(server):
     assert output.data == pattern(1000)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), BrokenPipeError(), TimeoutError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), BrokenPipeError(), TimeoutError()]
+)
 def test_errors_of_the_output_are_raised_at_once(server, error):
     class Full(io.RawIOBase):
         def writable(self):
@@ -1323,7 +1378,15 @@ def test_an_existing_file_survives_a_failure(server, tmp_path, status, route):
 
 
 @pytest.mark.parametrize(
-    "args", [["-s", "5"], ["-H", "{"], ["-H", "nonsense"], ["-H", "[1]"], ["-c", "0"], ["--wrong"]]
+    "args",
+    [
+        ["-s", "5"],
+        ["-H", "{"],
+        ["-H", "nonsense"],
+        ["-H", "[1]"],
+        ["-c", "0"],
+        ["--wrong"],
+    ],
 )
 def test_usage_errors(server, args):
     done = htsget_command(server.ticket([]), *args)
@@ -1333,7 +1396,10 @@ def test_usage_errors(server, args):
 
 
 def test_version_and_help():
-    assert htsget_command("--version").stdout.decode().split() == ["htsget", htsget.__version__]
+    assert htsget_command("--version").stdout.decode().split() == [
+        "htsget",
+        htsget.__version__,
+    ]
     assert b"--reference-name" in htsget_command("--help").stdout
     done = subprocess.run(
         [sys.executable, "-m", "htsget", "-V"], cwd=HERE, stdout=subprocess.PIPE
@@ -1347,5 +1413,7 @@ def test_only_the_standard_library_is_imported():
         "print([m for m in set(sys.modules) - before"
         " if 'site-packages' in (getattr(sys.modules[m], '__file__', '') or '')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE
+    )
     assert done.stdout.strip() == b"[]"
