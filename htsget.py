@@ -263,7 +263,12 @@ class _TicketRequest:
         self.body: Optional[bytes] = None
         self._headers = dict(options.headers or {}, **login)
         self._token = options.bearer_token
-        self.headers()
+        for name, value in self._headers.items():
+            _require_header(name, value)
+            if name.title() == "Authorization" and self._token is not None:
+                _log.warning("the bearer token replaces the Authorization header")
+        if not callable(self._token):
+            self.headers()
         parameters = _parameters(options)
         if options.regions is None:
             self.url = _with_query(self.url, parameters)
@@ -281,13 +286,9 @@ class _TicketRequest:
         headers = {"Accept": _MEDIA_TYPE}
         if self.body is not None:
             headers["Content-Type"] = "application/json"
-        for name, value in self._headers.items():
-            _require_header(name, value)
-            headers[name.title()] = value
+        headers.update((name.title(), value) for name, value in self._headers.items())
         token = self._token() if callable(self._token) else self._token
         if token is not None:
-            if "Authorization" in headers:
-                _log.warning("the bearer token replaces the Authorization header")
             _require_header("Authorization", token)
             headers["Authorization"] = "Bearer " + token
         return headers
@@ -1074,8 +1075,8 @@ class _Asked(NamedTuple):
 class _Span(NamedTuple):
     """Where the body of an answer lies, in bytes from the block's start.
 
-    `final`: the block or its file ends where the body ends. `guessed`: the body is taken for the
-    slice that was asked for, but its length does not say so.
+    `final`: the block or its file ends where the body ends. `guessed`: the body is
+    taken for the slice that was asked for, but its length does not say so.
     """
 
     start: int
@@ -1442,7 +1443,9 @@ class _Session:
         )
         entries = self.ticket().blocks
         if list(map(_shape, entries)) != list(map(_shape, self._entries)):
-            raise RetryableError("the ticket, asked for again, has other data blocks")
+            error = RetryableError("the ticket, asked for again, has other data blocks")
+            error._transient = False
+            raise error
         for known, entry in zip(self.blocks, entries):
             known.use(entry)
         return True
@@ -2300,7 +2303,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("transfer").add_argument
     add("-M", "--max-retries", type=int, metavar="N", default=5,
-        help="retries in a row without progress; < 0: no limit (default: 5)")  # fmt: skip
+        help="retries without progress; below 0: no limit (default: 5)")  # fmt: skip
     add("-W", "--retry-wait", type=float, metavar="SECONDS", default=5,
         help="wait before the first retry (default: 5)")  # fmt: skip
     add("-c", "--connections", type=int, metavar="N", default=4,

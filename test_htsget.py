@@ -17,7 +17,9 @@ import http.server
 import io
 import json
 import os
+import random
 import re
+import signal
 import socket
 import socketserver
 import ssl
@@ -158,7 +160,7 @@ class Server(socketserver.ThreadingTCPServer):
         urls = [
             {"url": block}
             if isinstance(block, str)
-            else dict(url=block[0], headers=block[1])
+            else {"url": block[0], "headers": block[1]}
             for block in blocks
         ]
         document = {"htsget": dict({"urls": urls}, **more)}
@@ -811,7 +813,7 @@ def test_both_names_of_the_class_are_read(server):
         '{"htsget": {"urls": [{"url": "data:;base64"}]}}',
         '{"htsget": {"urls": [{"url": "data:;base64,a$b="}]}}',
         '{"htsget": {"urls": [{"url": "data:;base64,YQ"}]}}',
-        '{"htsget": {"urls": [{"url": "http://h/", "headers": {"Range": "bytes=5-4"}}]}}',
+        '{"htsget": {"urls": [{"url": "http://h", "headers": {"Range": "bytes=5-4"}}]}}',
         '{"htsget": {"error": "NotFound", "message": "gone"}}',
         "[" * 200000,
         '{"a":' * 200000,
@@ -1203,6 +1205,301 @@ def test_a_wait_that_is_less_than_retry_after_is_lengthened():
     assert htsget._Retry(1, 1).pause(error) == 50.0
 
 
+# -- going on from the last byte
+
+
+def test_a_cut_transfer_goes_on_from_the_last_byte(server):
+    data = pattern(32 << 20)
+    damages = [damage.cut(5 << 20)] * 100
+    url = server.ticket(sliced(server, data, count=1, damages=damages))
+    assert fetch(url, max_retries=3) == data
+    assert server.sent < 1.05 * len(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "reset"])
+@pytest.mark.parametrize(
+    "etag, condition", [('"a"', '"a"'), ('W/"a"', None), (None, None)]
+)
+def test_ranges_are_closed_and_conditional(server, how, etag, condition):
+    data = pattern(500000)
+    file = File(data, etag=etag, damages=[damage.cut(200000, how)])
+    blocks = [(server.at("/b", file), {"Range": "bytes=1000-400999"})]
+    plain = File(data, etag=etag, damages=[damage.cut(200000)])
+    blocks.append(server.at("/plain", plain))
+    assert fetch(server.ticket(blocks)) == data[1000:401000] + data
+    first, second = server.asked("/b")
+    assert first.headers["Range"] == "bytes=1000-400999"
+    assert first.headers["If-Range"] is None
+    assert re.match(r"bytes=\d+-400999$", second.headers["Range"])
+    assert second.headers["If-Range"] == condition
+    first, second = server.asked("/plain")
+    assert first.headers["Range"] is None
+    assert second.headers["Range"] == "bytes=200000-499999"
+
+
+def test_a_chunked_body_goes_on_with_an_open_range(server):
+    data = pattern(100000)
+    file = File(data, framing="chunked", damages=[damage.chunked_cut(50000)])
+    assert fetch(server.ticket([server.at("/b", file)])) == data
+    assert server.asked("/b")[1].headers["Range"] == "bytes=50000-"
+
+
+def test_a_range_is_retried_until_its_content_range_is_right(server):
+    data = pattern(1000)
+    wrong = damage.headers(Content_Range="bytes 0-899/1000")
+    blocks = sliced(server, data, count=1, damages=[damage.cut(100), wrong])
+    assert fetch(server.ticket(blocks)) == data
+
+
+def changing(before, after, damages):
+    """A file that becomes another one after its first answers."""
+
+    def route(handler):
+        (before if before.damages else after)(handler)
+
+    before.damages = damages
+    return route
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_object_that_changed_is_fetched_anew(server, ranges):
+    old, new = pattern(300000, 1), pattern(200000, 2)
+    route = changing(
+        File(old, etag='"1"', ranges=ranges),
+        File(new, etag='"2"', ranges=ranges),
+        [damage.cut(150000)],
+    )
+    assert fetch(server.ticket([server.at("/b", route)])) == new
+
+
+def test_an_object_that_changed_between_two_blocks_starts_the_transfer_over(server):
+    old, new = pattern(300000, 1), pattern(300000, 2)
+    route = changing(File(old, etag='"1"'), File(new, etag='"2"'), [None])
+    url = server.at("/b", route)
+    ranges = ("bytes=0-99999", "bytes=100000-299999")
+    ticket = server.ticket([(url, {"Range": wanted}) for wanted in ranges])
+    assert fetch(ticket, connections=1) == new
+    assert len(server.asked("/reads/x")) == 2
+
+
+def test_an_object_that_changed_is_never_mixed_into_a_pipe(server):
+    old, new = pattern(300000, 1), pattern(300000, 2)
+    route = changing(File(old, etag='"1"'), File(new, etag='"2"'), [damage.cut(150000)])
+    output = Unseekable()
+    with pytest.raises(htsget.HtsgetException):
+        htsget.get(server.ticket([server.at("/b", route)]), output, **QUICK)
+    assert old.startswith(output.data)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_pipe_gets_every_byte_once(server, framing, ranges):
+    data = pattern(300000)
+    cut = damage.chunked_cut if framing == "chunked" else damage.cut
+    damages = [cut(100000), damage.status(503), cut(200000)]
+    file = File(data, framing=framing, ranges=ranges, damages=damages)
+    output = Unseekable()
+    htsget.get(server.ticket([server.at("/b", file)]), output, **QUICK)
+    assert output.data == data
+
+
+def test_a_pipe_never_gets_other_bytes_in_a_second_attempt(server):
+    old, new = pattern(300000, 1), pattern(300000, 2)
+    route = changing(
+        File(old, ranges=False), File(new, ranges=False), [damage.cut(150000)]
+    )
+    output = Unseekable()
+    with pytest.raises(htsget.ProtocolError, match="differs from what was already"):
+        htsget.get(server.ticket([server.at("/b", route)]), output, **QUICK)
+    assert output.data == old[:150000]
+
+
+def signed(data, refusal, allowed, damages):
+    """A file of which only the signed range can be had."""
+    file = File(data, damages=damages)
+
+    def route(handler):
+        if handler.headers["Range"] != allowed:
+            handler.reply(refusal, b"<Error>SignatureDoesNotMatch</Error>")
+        else:
+            file(handler)
+
+    return route
+
+
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+@pytest.mark.parametrize("refusal", [400, 403, 416])
+@pytest.mark.parametrize(
+    "query", ["", "?X-Amz-SignedHeaders=host%3Brange&X-Amz-Signature=x"]
+)
+def test_a_range_that_must_not_be_changed(server, output, refusal, query):
+    data = pattern(300000)
+    allowed = "bytes=1000-250999"
+    damages = [damage.cut(100000), damage.cut(150000)]
+    url = server.at("/b", signed(data, refusal, allowed, damages)) + query
+    output = output()
+    htsget.get(server.ticket([(url, {"Range": allowed})]), output, **QUICK)
+    assert getattr(output, "data", None) or output.getvalue() == data[1000:251000]
+    changed = [r for r in server.asked("/b") if r.headers["Range"] != allowed]
+    assert len(changed) == (0 if query else 1)
+
+
+def expiring(server, data, lifetime, blocks=4):
+    """A ticket whose URLs are refused after `lifetime` requests."""
+    edges = [len(data) * number // blocks for number in range(blocks + 1)]
+    issued = []
+
+    def ticket(handler):
+        number = len(issued)
+        issued.append(0)
+        server.at("/file%d" % number, block(number))
+        urls = [
+            {
+                "url": "%s/file%d?sig=secret%d" % (server.url, number, number),
+                "headers": {"Range": "bytes=%d-%d" % (a, b - 1)},
+            }
+            for a, b in zip(edges, edges[1:])
+        ]
+        handler.reply(200, json.dumps({"htsget": {"urls": urls}}).encode())
+
+    def block(number):
+        file = File(data)
+
+        def route(handler):
+            issued[number] += 1
+            if issued[number] > lifetime:
+                handler.reply(403, b"expired")
+            elif issued[number] == lifetime:
+                damage.cut(1000)(handler, *file.answer(handler.headers))
+            else:
+                file(handler)
+
+        return route
+
+    return server.at("/reads/x", ticket)
+
+
+def test_expired_urls_are_renewed(server):
+    data = pattern(400000)
+    tokens = iter(["one", "two", "three", "four", "five"])
+    assert fetch(expiring(server, data, 2), bearer_token=lambda: next(tokens)) == data
+    tickets = server.asked("/reads/x")
+    assert len(tickets) > 1
+    sent = [request.headers["Authorization"] for request in tickets]
+    assert sent[:2] == ["Bearer one", "Bearer two"]
+    assert server.sent < 1.05 * len(data) + 20000
+
+
+def test_a_block_that_stays_refused_is_a_client_error(server):
+    def refuse(handler):
+        handler.reply(403, b"no")
+
+    url = server.ticket(
+        [data_uri(b"x"), (server.at("/b", refuse), {"Range": "bytes=0-9"})]
+    )
+    with pytest.raises(htsget.ClientError) as caught:
+        fetch(url)
+    assert caught.value.status == 403
+    assert len(server.requests) <= 6
+
+
+def test_a_renewed_ticket_with_other_blocks_fails(server):
+    first = server.ticket([(server.url + "/gone", {"Range": "bytes=0-9"})])
+    texts = [server.routes["/reads/x"]]
+    server.ticket([(server.at("/b", b"0123456789"), {"Range": "bytes=0-8"})])
+    texts.append(server.routes["/reads/x"])
+    server.at("/reads/x", lambda handler: handler.reply(200, texts.pop(0)))
+    with pytest.raises(htsget.RetryableError, match="other data blocks"):
+        fetch(first)
+
+
+# -- damaged answers of all kinds
+
+
+def random_damage(rng, file):
+    """One damage, and whether it needs a file that is sent with its length."""
+    size = len(file.data)
+    count = rng.randrange(size)
+    choices = [
+        damage.cut(count),
+        damage.cut(count, "reset"),
+        damage.cut(0),
+        damage.stall(count, 0.4),
+        damage.status(rng.choice([500, 502, 503, 504, 408, 429])),
+        damage.raw(rng.choice([b"", b"garbage\r\n\r\n", b"HTTP/1.1 2", b"\0" * 999])),
+        damage.chunked_cut(count),
+    ]
+    if file.ranges:
+        wrong = "bytes %d-%d/%d" % (count, count + rng.randrange(size), size)
+        choices += [
+            damage.headers(Content_Range=wrong),
+            damage.ignore_range(file.data),
+        ]
+    return rng.choice(choices)
+
+
+def random_ticket(rng, server):
+    """A ticket of mixed blocks, and the data it stands for."""
+    blocks, parts = [], []
+    for number in range(rng.randrange(1, 6)):
+        data = pattern(rng.choice([1, 500, 70000, 200000]), rng.randrange(999))
+        kind = rng.choice(["data", "ranged", "ranged", "plain", "unrangeable"])
+        if kind == "data":
+            blocks.append(data_uri(data[:500]))
+            parts.append(data[:500])
+            continue
+        file = File(
+            data,
+            ranges=kind != "unrangeable",
+            etag=rng.choice([None, '"e%d"' % number, 'W/"e"']),
+            framing=rng.choice(["length", "length", "chunked"]),
+        )
+        file.damages = [
+            random_damage(rng, file) for _ in range(rng.choice([0, 0, 1, 3]))
+        ]
+        url = server.at("/%d" % number, file)
+        if kind == "ranged":
+            first = rng.randrange(len(data))
+            stop = rng.randrange(first, len(data)) + 1
+            blocks.append((url, {"Range": "bytes=%d-%d" % (first, stop - 1)}))
+            parts.append(data[first:stop])
+        else:
+            blocks.append(url)
+            parts.append(data)
+    return blocks, b"".join(parts)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_damaged_answers_never_give_wrong_bytes(seed):
+    rng = random.Random(seed)
+    arrived = 0
+    scenarios = 30
+    for number in range(scenarios):
+        with Server() as server:
+            server.start()
+            blocks, expected = random_ticket(rng, server)
+            output = rng.choice([io.BytesIO, Unseekable])()
+            try:
+                htsget.get(
+                    server.ticket(blocks),
+                    output,
+                    max_retries=8,
+                    retry_wait=0,
+                    timeout=0.2,
+                    connections=rng.choice([1, 4]),
+                )
+            except htsget.HtsgetException:
+                pass
+            else:
+                written = (
+                    output.data if isinstance(output, Unseekable) else output.getvalue()
+                )
+                assert written == expected, (seed, number)
+                arrived += 1
+            server.shutdown()
+    assert arrived >= 0.97 * scenarios
+
+
 # -- the output
 
 
@@ -1302,6 +1599,470 @@ def test_callers_of_0_2_6_change_nothing(server, tmp_path):
         assert file.read() == data
 
 
+# -- a path as output
+
+
+def test_the_file_appears_only_when_it_is_complete(server, tmp_path):
+    path = tmp_path / "out"
+    seen = []
+
+    def look(handler):
+        seen.append((sorted(os.listdir(str(tmp_path))), path.read_bytes()))
+        handler.reply(200, b"tail")
+
+    path.write_bytes(b"old")
+    url = server.ticket([server.at("/a", pattern(5000)), server.at("/b", look)])
+    htsget.get(url, path, connections=1)
+    assert seen == [(["out", "out.part", "out.part.json"], b"old")] or seen == [
+        (["out", "out.part"], b"old")
+    ]
+    assert path.read_bytes() == pattern(5000) + b"tail"
+    assert os.listdir(str(tmp_path)) == ["out"]
+
+
+def test_permissions_follow_the_umask(server, tmp_path):
+    before = os.umask(0o027)
+    try:
+        htsget.get(server.ticket([data_uri(b"x")]), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_symlink_is_followed(server, tmp_path):
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(os.path.join("folder", "target"))
+    htsget.get(server.ticket([data_uri(b"x")]), link)
+    assert link.is_symlink()
+    assert (tmp_path / "folder" / "target").read_bytes() == b"x"
+    assert os.listdir(str(tmp_path / "folder")) == ["target"]
+
+
+def test_a_fifo_is_written_directly(server, tmp_path):
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    data = pattern(300000)
+    url = server.ticket(sliced(server, data, damages=[damage.cut(1000)]))
+    received = []
+
+    def read():
+        with open(fifo, "rb") as pipe:
+            received.append(pipe.read())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    htsget.get(url, fifo, **QUICK)
+    reader.join()
+    assert received == [data]
+    assert os.listdir(str(tmp_path)) == ["fifo"]
+
+
+def test_a_device_is_never_replaced(server):
+    data = pattern(300000)
+    file = File(data, ranges=False, damages=[damage.cut(200000)])
+    htsget.get(server.ticket([server.at("/b", file)]), os.devnull, **QUICK)
+    assert not os.path.isfile(os.devnull)
+    assert not os.path.exists(os.devnull + ".part")
+
+
+@pytest.mark.parametrize("path", ["missing/out", ".", "file/out"])
+def test_an_impossible_path_is_found_out_before_anything_is_fetched(
+    server, tmp_path, path
+):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError):
+        htsget.get(server.ticket([data_uri(b"x")]), tmp_path / path)
+    assert server.requests == []
+
+
+def test_two_processes_never_write_the_same_file(server, tmp_path):
+    path = str(tmp_path / "out")
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def wait(handler):
+        arrived.set()
+        go_on.wait(10)
+        handler.reply(200, b"first")
+
+    url = server.ticket([server.at("/b", wait)])
+    first = threading.Thread(target=htsget.get, args=(url, path))
+    first.start()
+    arrived.wait(10)
+    second = htsget_command(url, "-O", path)
+    go_on.set()
+    first.join()
+    assert second.returncode == 1
+    assert b"another process is writing" in second.stderr
+    with open(path, "rb") as file:
+        assert file.read() == b"first"
+    assert os.listdir(str(tmp_path)) == ["out"]
+
+
+# -- the death of the process
+
+
+class Slow:
+    """A file that sends its second part only after `go_on` is set."""
+
+    def __init__(self, file, pause):
+        self.file = file
+        self.pause = pause
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        self.sent = 0
+
+    def __call__(self, handler):
+        status, headers, body = self.file.answer(handler.headers)
+        wanted = re.match(r"bytes=(\d+)", handler.headers.get("Range", ""))
+        first = int(wanted.group(1)) if wanted and status == 206 else 0
+        handler.head(status, dict(headers, **{"Content-Length": str(len(body))}))
+        for start in range(0, len(body), 65536):
+            if first + start >= self.pause:
+                self.reached.set()
+                if not self.go_on.wait(20):
+                    return
+            piece = body[start : start + 65536]
+            handler.send(piece)
+            self.sent += len(piece)
+
+
+def interrupted(server, tmp_path, url, slow, end, *args):
+    """Start the command line, `end` it when the server pauses, and return it."""
+    command = [sys.executable, os.path.join(HERE, "htsget.py"), url]
+    command += ["-O", str(tmp_path / "out"), "-W", "0.01"] + list(args)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    assert slow.reached.wait(10)
+    part = str(tmp_path / "out.part")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and not (
+        os.path.exists(part) and os.path.getsize(part) >= slow.pause - (1 << 20)
+    ):
+        time.sleep(0.01)
+    before = time.monotonic()
+    process.send_signal(end)
+    process.errors = process.communicate()[1].decode()
+    process.took = time.monotonic() - before
+    slow.go_on.set()
+    slow.sent = 0
+    return process
+
+
+@pytest.mark.parametrize(
+    "end, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+@pytest.mark.parametrize("pause", [0, 3 << 20, 9 << 20])
+def test_the_same_command_goes_on_after_a_death(server, tmp_path, end, status, pause):
+    data = pattern(12 << 20)
+    slow = Slow(File(data, etag='"x"'), pause)
+    slow_url = server.at("/file", slow)
+    half = len(data) // 2
+    blocks = [
+        (slow_url, {"Range": "bytes=0-%d" % (half - 1)}),
+        (slow_url, {"Range": "bytes=%d-%d" % (half, len(data) - 1)}),
+    ]
+    url = server.ticket([data_uri(b"head")] + blocks)
+    process = interrupted(server, tmp_path, url, slow, end)
+    assert process.returncode == status
+    assert process.took < 1
+    if status > 0:
+        assert len(process.errors.splitlines()) == 1, process.errors
+    else:
+        assert process.errors == ""
+    assert not (tmp_path / "out").exists()
+    done = htsget_command(url, "-O", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == b"head" + data
+    assert os.listdir(str(tmp_path)) == ["out"]
+    assert slow.sent <= len(data) - pause + (4 << 20)
+
+
+def test_an_unrangeable_block_costs_itself_only(server, tmp_path):
+    data = pattern(4 << 20)
+    slow = Slow(File(data, ranges=False), 3 << 20)
+    url = server.ticket([server.at("/a", data), server.at("/file", slow)])
+    interrupted(server, tmp_path, url, slow, signal.SIGKILL)
+    assert htsget_command(url, "-O", str(tmp_path / "out")).returncode == 0
+    assert (tmp_path / "out").read_bytes() == data * 2
+    assert len(server.asked("/a")) == 1
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_never_answers_does_not_delay_an_interrupt(tmp_path, end):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        url = "http://127.0.0.1:%d/" % listener.getsockname()[1]
+        command = [sys.executable, os.path.join(HERE, "htsget.py"), url]
+        process = subprocess.Popen(
+            command + ["-O", str(tmp_path / "out")], stderr=subprocess.PIPE
+        )
+        accepted = listener.accept()[0]
+        time.sleep(0.1)
+        before = time.monotonic()
+        process.send_signal(end)
+        errors = process.communicate()[1]
+        accepted.close()
+    assert time.monotonic() - before < 1
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[end]
+    assert len(errors.splitlines()) == 1
+    assert os.listdir(str(tmp_path)) == []
+
+
+def leave_part(server, tmp_path, **options):
+    """Fetch half of a file, so that a part file and its journal are left."""
+    data = pattern(6 << 20)
+    file = File(data, etag='"1"', damages=[damage.cut(3 << 20)])
+    url = server.ticket(
+        [(server.at("/file", file), {"Range": "bytes=0-%d" % (len(data) - 1)})]
+    )
+    with pytest.raises(htsget.RetryableError):
+        htsget.get(url, tmp_path / "out", max_retries=0, **options)
+    assert sorted(os.listdir(str(tmp_path))) == ["out.part", "out.part.json"]
+    server.sent = 0
+    return url, data, file
+
+
+def test_the_end_of_retries_keeps_what_was_fetched(server, tmp_path):
+    url, data, _ = leave_part(server, tmp_path)
+    htsget.get(url, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == data
+    assert server.sent < len(data) // 2 + 5000
+
+
+def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
+    data = pattern(6 << 20)
+    url = server.ticket(sliced(server, data))
+    limited = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]);"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20));"
+        "import htsget; sys.exit(htsget.main(sys.argv[2:]))"
+    )
+    path = str(tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", limited, HERE, url, "-O", path], stderr=subprocess.PIPE
+    )
+    assert done.returncode == 1
+    assert b"File too large" in done.stderr and b"Traceback" not in done.stderr
+    server.sent = 0
+    htsget.get(url, path)
+    with open(path, "rb") as file:
+        assert file.read() == data
+    assert server.sent < 2.1 * (1 << 20)
+
+
+def test_no_resume_starts_over(server, tmp_path):
+    url, data, _ = leave_part(server, tmp_path)
+    htsget.get(url, tmp_path / "out", resume=False)
+    assert (tmp_path / "out").read_bytes() == data
+    assert server.sent > len(data)
+
+
+@pytest.mark.parametrize(
+    "change", ["request", "etag", "blocks", "md5", "journal", "part", "short"]
+)
+def test_anything_doubtful_starts_over(server, tmp_path, change, caplog):
+    url, data, file = leave_part(server, tmp_path)
+    path = tmp_path / "out"
+    part, journal = tmp_path / "out.part", tmp_path / "out.part.json"
+    expected = data
+    if change == "request":
+        url += "?other=1"
+    elif change == "etag":
+        file.data = expected = pattern(6 << 20, 1)
+        file.etag = '"2"'
+    elif change == "blocks":
+        wanted = {"Range": "bytes=0-%d" % (len(data) - 2)}
+        url = server.ticket([(server.url + "/file", wanted)])
+        expected = data[:-1]
+    elif change == "md5":
+        wanted = {"Range": "bytes=0-%d" % (len(data) - 1)}
+        md5 = hashlib.md5(data).hexdigest()
+        url = server.ticket([(server.url + "/file", wanted)], md5=md5)
+    elif change == "journal":
+        journal.write_bytes(b"{")
+    elif change == "part":
+        journal.unlink()
+    elif change == "short":
+        part.write_bytes(data[:1000])
+    server.sent = 0
+    htsget.get(url, path, retry_wait=0)
+    assert path.read_bytes() == expected
+    assert server.sent >= len(expected)
+    assert os.listdir(str(tmp_path)) == ["out"]
+    assert "cannot go on" in caplog.text or "changed" in caplog.text
+
+
+def test_kept_bytes_are_verified_again(server, tmp_path, caplog):
+    data = make_bam(20000)
+    file = File(data, damages=[damage.cut(500000)])
+    url = server.ticket([server.at("/b", file)], format="BAM")
+    path = tmp_path / "out"
+    with pytest.raises(htsget.RetryableError):
+        htsget.get(url, path, max_retries=0)
+    kept = (tmp_path / "out.part").read_bytes()
+    (tmp_path / "out.part").write_bytes(kept[:1000] + bytes(30000) + kept[31000:])
+    htsget.get(url, path)
+    assert path.read_bytes() == data
+    assert "what was kept is wrong" in caplog.text
+
+
+def test_the_journal_holds_no_secret(server, tmp_path):
+    data = pattern(6 << 20)
+    file = File(data, damages=[damage.cut(3 << 20)])
+    block = (server.at("/b", file) + "?sig=hush1", {"X-Auth": "hush2"})
+    url = server.ticket([block]) + "?key=hush3"
+    with pytest.raises(htsget.RetryableError):
+        htsget.get(
+            url,
+            tmp_path / "out",
+            max_retries=0,
+            bearer_token="hush4",
+            headers={"X-Key": "hush5"},
+        )
+    assert b"hush" not in (tmp_path / "out.part.json").read_bytes()
+
+
+# -- the verifier
+
+
+def verify(data, data_format=None, md5=None, header_only=False, step=None):
+    """Run data through the verifier, in pieces of `step` bytes."""
+    verifier = htsget._Verifier(htsget.Ticket(data_format, [], md5), header_only, True)
+    for start in range(0, len(data), step or len(data) or 1):
+        verifier.feed(data[start : start + (step or len(data))])
+    verifier.finish()
+
+
+CRAM_2 = bytes.fromhex(
+    "0b000000ffffffff0fe0454f46000000000100000100060601000100 0100".replace(" ", "")
+)
+CRAM_3 = bytes.fromhex(
+    "0f000000ffffffff0fe0454f4600000000010005bdd94f0001000606010001000100ee63014b"
+)
+
+
+@pytest.mark.parametrize("step", [None, 1, 7, 1000])
+@pytest.mark.parametrize(
+    "data_format, data",
+    [
+        ("BAM", make_bam(50)),
+        ("BCF", bgzf(b"BCF\2\2x")),
+        ("VCF", bgzf(b"##fileformat=VCFv4.3\n")),
+        ("VCF", b"##fileformat=VCFv4.3\n"),
+        ("VCF", b"\x1f\x8b\x08\x00plain gzip"),
+        ("BAM", b"BAM\1 uncompressed"),
+        ("BAM", bgzf(b"BAM\1") + bgzf(b"BAM\1")),
+        ("CRAM", b"CRAM\3\0" + bytes(100) + CRAM_3),
+        ("CRAM", b"CRAM\3\1" + bytes(100) + CRAM_3),
+        ("CRAM", b"CRAM\2\1" + bytes(100) + CRAM_2),
+        ("CRAM", b"CRAM\2\0" + bytes(100)),
+        (None, b"anything"),
+        (None, b""),
+        ("OTHER", b"anything"),
+    ],
+)
+def test_right_data_passes(data_format, data, step):
+    verify(data, data_format, hashlib.md5(data).hexdigest().upper(), step=step)
+    verify(data, data_format, step=step)
+
+
+BAM = make_bam(200)
+
+
+@pytest.mark.parametrize("step", [None, 1, 7, 1000])
+@pytest.mark.parametrize(
+    "data_format, data, words",
+    [
+        ("BAM", b"", "byte 0: BAM"),
+        ("BAM", b"<html>", "byte 0: BAM"),
+        ("BAM", b"\x1f\x8b\x08\0" + bytes(50), "byte 0: BAM"),
+        ("CRAM", BAM, "byte 0: CRAM"),
+        ("VCF", b"{}", "byte 0: VCF"),
+        ("BAM", BAM[:-28], "BGZF EOF marker"),
+        ("BAM", BAM[:-29], "inside a BGZF block"),
+        ("BAM", BAM[:-10], "inside a BGZF block"),
+        ("BAM", BAM[:1000], "byte 1000: the data ends inside"),
+        (None, BAM[:1000], "byte 1000: the data ends inside"),
+        ("BAM", BAM[:1000] + BAM[1001:], "next BGZF block was expected"),
+        ("BAM", BAM[:1000] + b"x" + BAM[1000:], "next BGZF block was expected"),
+        ("BAM", BAM + b"x" * 20, "byte %d: the next BGZF" % len(BAM)),
+        ("CRAM", b"CRAM\3\0" + bytes(100), "CRAM EOF container"),
+        ("CRAM", b"CRAM\3\0" + bytes(100) + CRAM_3[:-1], "CRAM EOF container"),
+        ("CRAM", b"CRAM\2\1" + bytes(100) + CRAM_3, "CRAM EOF container"),
+    ],
+)
+def test_wrong_data_is_found(data_format, data, words, step):
+    with pytest.raises(htsget.IntegrityError) as caught:
+        verify(data, data_format, step=step)
+    assert words in str(caught.value)
+
+
+def test_headers_need_no_eof_marker():
+    verify(BAM[:-28], "BAM", header_only=True)
+    verify(b"CRAM\3\0" + bytes(100), "CRAM", header_only=True)
+    block = htsget.DataBlock("data:,", {}, "header")
+    verifier = htsget._Verifier(htsget.Ticket("BAM", [block]), False, True)
+    verifier.feed(BAM[:-28])
+    verifier.finish()
+
+
+def test_a_bgzf_header_with_further_subfields():
+    first = bgzf(b"##x", 16)[:-28]
+    extra = b"XY\2\0ab"
+    (size,) = struct.unpack_from("<H", first, 16)
+    longer = (
+        first[:10]
+        + struct.pack("<H", 12)
+        + extra
+        + first[12:16]
+        + struct.pack("<H", size + 6)
+        + first[18:]
+    )
+    for step in (None, 1, 13):
+        verify(first + longer + BGZF_EOF, "VCF", step=step)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="needs monkeypatched hashlib")
+def test_without_md5_a_warning_is_given(monkeypatch, caplog):
+    def forbidden(*args, **options):
+        raise ValueError("disabled for FIPS")
+
+    monkeypatch.setattr(htsget.hashlib, "md5", forbidden)
+    verify(b"data", None, "0" * 32)
+    assert "MD5 is not available" in caplog.text
+
+
+def test_a_wrong_md5_is_an_integrity_error_that_keeps_the_data(server, tmp_path):
+    url = server.ticket([data_uri(b"data")], md5="0" * 32)
+    done = htsget_command(url, "-O", str(tmp_path / "out"))
+    assert done.returncode == 1
+    text = done.stderr.decode()
+    assert hashlib.md5(b"data").hexdigest() in text and "0" * 32 in text
+    assert str(tmp_path / "out.part") in text
+    assert (tmp_path / "out.part").read_bytes() == b"data"
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_an_eof_marker_is_kept_for_no_verify(server, tmp_path):
+    data = make_bam(5000)[:-28]
+    blocks = sliced(server, data)
+    url = server.ticket(blocks, format="BAM")
+    path = str(tmp_path / "out")
+    for _ in range(2):
+        done = htsget_command(url, "-O", path)
+        assert done.returncode == 1
+        assert b"byte %d: the BGZF EOF marker" % (len(data) - 28) in done.stderr
+        assert b"--no-verify" in done.stderr
+    asked = len(server.asked("/file"))
+    done = htsget_command(url, "-O", path, "--no-verify")
+    assert done.returncode == 0
+    with open(path, "rb") as file:
+        assert file.read() == data
+    assert len(server.asked("/file")) == asked
+
+
 # -- the command line
 
 
@@ -1312,7 +2073,8 @@ def test_the_command_line_fetches_a_file(server, tmp_path):
     done = htsget_command(
         url, "-O", str(path), "-f", "bam", "-r", "chr1", "-s", "5", "-e", "10",
         "--fields", "QNAME,SEQ", "--tags", "", "--notags", "OQ", "-m", "0" * 32,
-        "-M", "2", "-W", "0.1", "-T", "5", "-b", "token", "-H", '{"X-A": "1"}', "-c", "1",
+        "-M", "2", "-W", "0.1", "-T", "5", "-b", "token",
+        "-H", '{"X-A": "1"}', "-c", "1",
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert path.read_bytes() == data
@@ -1335,7 +2097,8 @@ def test_the_command_line_fetches_a_file(server, tmp_path):
 def test_long_options_are_those_of_0_2_6(server, tmp_path):
     url = server.ticket([data_uri(b"x")])
     done = htsget_command(
-        url, "--output", str(tmp_path / "o"), "--format", "VCF", "--reference-name", "1",
+        url, "--output", str(tmp_path / "o"), "--format", "VCF",
+        "--reference-name", "1",
         "--start", "0", "--end", "1", "--max-retries", "0", "--retry-wait", "1",
         "--timeout", "9", "--bearer-token", "t", "--headers", "X-A: b", "--headers",
         "X-C:d", "--class", "header", "--verbose", "--reference-md5", "0" * 32,
