@@ -37,9 +37,11 @@ they are.
 import argparse
 import base64
 import binascii
+import collections
 import contextlib
 import copy
 import email.utils
+import functools
 import hashlib
 import http.client
 import io
@@ -50,6 +52,7 @@ import os
 import random
 import re
 import signal
+import socket
 import ssl
 import stat
 import struct
@@ -62,6 +65,7 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
+    Deque,
     Dict,
     Generator,
     Iterable,
@@ -70,6 +74,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Set,
     Tuple,
     Union,
 )
@@ -119,6 +124,24 @@ _ERROR_SHOWN = 300
 
 # What browsers and curl allow is more; an archive needs one or two.
 _REDIRECT_LIMIT = 10
+
+# Bytes that all parts fetched ahead may hold together, and that a kill may cost, for
+# each connection and at the most.
+_WINDOW_EACH = 4 << 20
+_WINDOW_MOST = 32 << 20
+
+# The most parts under way at once, and the smallest piece of a block worth a request.
+_PARTS_MOST = 128
+_PIECE_LEAST = 256 << 10
+
+# Seconds between two looks at whether the process is mostly idle, so that more
+# connections would pay; and the share of a processor below which it is.
+_LOOK = 0.025
+_IDLE = 0.5
+
+# Seconds without a byte after which idle connections are closed, in case that the
+# server handles one at a time.
+_STARVED = 0.5
 
 # Bytes after which the journal gets an entry: what a kill may cost.
 _JOURNAL_STEP = 1 << 20
@@ -701,13 +724,17 @@ class _HttpRequest(urllib.request.Request):
 class _KeepAlive(urllib.request.AbstractHTTPHandler):
     """Send requests over connections that are kept and used again.
 
-    The stock handlers close every connection after one answer.
+    The stock handlers close every connection after one answer. A second handle on each
+    socket in use allows another thread to shut it down, whatever it is doing.
     """
 
     def __init__(self, ssl_context: Optional[ssl.SSLContext]) -> None:
         super().__init__()
         self._ssl_context = ssl_context
+        self._lock = threading.Lock()
         self._idle: Dict[Any, List[http.client.HTTPConnection]] = {}
+        self._handles: Dict[http.client.HTTPConnection, socket.socket] = {}
+        self._aborted = False
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -718,28 +745,24 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         tunnel = getattr(request, "_tunnel_host", None)
         key = (request.type, request.host, tunnel)
         while True:
-            idle = self._idle.get(key)
-            connection = idle.pop() if idle else self._connection(request, tunnel)
+            connection = self._take_idle(key) or self._connection(request, tunnel)
             used_before = connection.sock is not None
             try:
                 response = self._exchange(connection, request, tunnel)
             except BaseException as error:
-                connection.close()
-                if not (used_before and isinstance(error, dead)):
-                    raise
-                continue
-
-            def release(
-                reusable: bool, connection: http.client.HTTPConnection = connection
-            ) -> None:
-                if reusable:
-                    self._idle.setdefault(key, []).append(connection)
-                else:
-                    connection.close()
-
+                self._drop(connection)
+                if used_before and isinstance(error, dead) and not self._aborted:
+                    continue
+                raise
+            release = functools.partial(self._release, key, connection)
             return _Answer(request.full_url, response, release)
 
     https_open = http_open
+
+    def _take_idle(self, key: Any) -> Optional[http.client.HTTPConnection]:
+        with self._lock:
+            idle = self._idle.get(key)
+            return idle.pop() if idle else None
 
     def _connection(
         self, request: _HttpRequest, tunnel: Optional[str]
@@ -747,15 +770,45 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         """A new connection, to the proxy where there is one."""
         host, timeout = request.host or "", request.timeout
         if request.type == "http":
-            return http.client.HTTPConnection(host, timeout=timeout)
-        context = self._ssl_context or _default_ssl_context()
-        secure = http.client.HTTPSConnection(host, timeout=timeout, context=context)
-        if tunnel:
-            login = request.headers.get("Proxy-authorization")
-            secure.set_tunnel(
-                tunnel, headers={"Proxy-Authorization": login} if login else {}
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        else:
+            context = self._ssl_context or _default_ssl_context()
+            connection = http.client.HTTPSConnection(
+                host, timeout=timeout, context=context
             )
-        return secure
+            if tunnel:
+                login = request.headers.get("Proxy-authorization")
+                headers = {"Proxy-Authorization": login} if login else {}
+                connection.set_tunnel(tunnel, headers=headers)
+        # What http.client calls to get a socket.
+        connect = functools.partial(self._connect, connection)
+        connection._create_connection = connect  # type: ignore
+        return connection
+
+    def _connect(
+        self,
+        connection: http.client.HTTPConnection,
+        address: Tuple[str, int],
+        timeout: Optional[float],
+        source: Any = None,
+    ) -> socket.socket:
+        """socket.create_connection, with a handle on the socket from the beginning."""
+        failure = OSError("no address for %s" % address[0])
+        for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            plain = socket.socket(*found[:3])
+            with self._lock:
+                self._handles[connection] = plain.dup()
+            try:
+                if self._aborted:
+                    raise ConnectionAbortedError("given up")
+                plain.settimeout(timeout)
+                plain.connect(found[4])
+                return plain
+            except OSError as error:
+                failure = error
+                plain.close()
+                self._drop(connection)
+        raise failure
 
     @staticmethod
     def _exchange(
@@ -772,12 +825,41 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         connection.request(request.get_method(), request.selector, request.data, named)
         return connection.getresponse()
 
-    def close(self) -> None:
-        """Close the idle connections."""
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+    def _release(
+        self, key: Any, connection: http.client.HTTPConnection, reusable: bool
+    ) -> None:
+        if reusable and not self._aborted:
+            with self._lock:
+                self._idle.setdefault(key, []).append(connection)
+        else:
+            self._drop(connection)
+
+    def _drop(self, connection: http.client.HTTPConnection) -> None:
+        connection.close()
+        with self._lock:
+            handle = self._handles.pop(connection, None)
+        if handle is not None:
+            handle.close()
+
+    def close_idle(self) -> bool:
+        """Close the idle connections, if there are any."""
+        with self._lock:
+            idle = [one for each in self._idle.values() for one in each]
+            self._idle.clear()
+        for connection in idle:
+            self._drop(connection)
+        return bool(idle)
+
+    def abort(self) -> None:
+        """Shut down every connection, in use or not, for good."""
+        self._aborted = True
+        self.close_idle()
+        with self._lock:
+            for handle in self._handles.values():
+                try:
+                    handle.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
 
 
 class _Redirects(urllib.request.BaseHandler):
@@ -861,9 +943,13 @@ class _Transport:
         _log.debug("%s answered %d", _shown(answer.url), answer.status)
         return answer
 
-    def close(self) -> None:
-        """Close all connections."""
-        self._keep_alive.close()
+    def close_idle(self) -> bool:
+        """Close the connections that are not in use; were there any?"""
+        return self._keep_alive.close_idle()
+
+    def abort(self) -> None:
+        """End everything at once; threads that wait for an answer get an error."""
+        self._keep_alive.abort()
 
 
 _ssl_contexts: Dict[Optional[str], ssl.SSLContext] = {}
@@ -949,6 +1035,7 @@ def _refusal(answer: _Answer) -> HtsgetException:
     if answer.status not in _RETRIED_STATUS:
         return refused
     failure = RetryableIOError(str(refused))
+    failure.__cause__ = refused
     failure._retry_after = _retry_after(answer.headers.get("Retry-After"), time.time())
     return failure
 
@@ -998,14 +1085,32 @@ class _Retry:
 
 
 class _Stored:
-    """What several blocks of one URL have in common: the ETag of what is behind it."""
+    """What is behind a URL that several blocks may share, known by its ETag."""
 
-    __slots__ = ("etag", "first")
-
-    def __init__(self, first: int) -> None:
+    def __init__(self) -> None:
         self.etag: Optional[str] = None
-        # The block that the ETag was first seen with; -1: in an earlier run.
-        self.first = first
+        # The blocks that have bytes of it; -1 stands for those of an earlier run.
+        self._users: Set[int] = set()
+        self._lock = threading.Lock()
+
+    def recall(self, etag: Optional[str]) -> None:
+        """Take up the ETag of an earlier run."""
+        self.etag = etag
+        self._users = {-1}
+
+    def agree(self, etag: str, block: int, alone: bool) -> bool:
+        """Whether a block's ETag is the one that was known.
+
+        A new one is taken when no bytes but the block's own depend on the old one, and
+        those are in one part (`alone`); else nothing can be mended here.
+        """
+        with self._lock:
+            same = self.etag in (None, etag)
+            if not same and not (alone and self._users <= {block}):
+                raise _ObjectChanged("what is behind the URL has changed")
+            self.etag = etag
+            self._users.add(block)
+            return same
 
 
 class _Block:
@@ -1179,15 +1284,22 @@ class _Part:
     """A run of a block's bytes that is delivered in order, over as many attempts as
     it takes: from `start` up to `end` (None: the block's end)."""
 
-    def __init__(self, block: _Block, rewindable: bool, position: int = 0) -> None:
+    def __init__(
+        self,
+        block: _Block,
+        rewindable: bool,
+        start: int = 0,
+        end: Optional[int] = None,
+        position: int = 0,
+    ) -> None:
         self.block = block
-        self.start = 0
-        self.end = block.size
+        self.start = start
+        self.end = end
         # The next byte to deliver, and the most that was ever reached.
-        self.position = self.reached = position
-        # Whether the part can be delivered again from its start; if not, what was
-        # delivered is known by its digest.
-        self.rewindable = rewindable
+        self.position = self.reached = max(start, position)
+        # Whether the part can be delivered again from the block's start; if not, what
+        # was delivered is known by its digest.
+        self.rewindable = rewindable and start == 0
         self._delivered = hashlib.sha256()
         self._repeated = hashlib.sha256()
 
@@ -1197,33 +1309,33 @@ class _Part:
             return self.block.size if self.end is None else self.end
         return min(self.end, self.block.size)
 
+    def complete(self) -> bool:
+        """Whether nothing is missing; False while the end is not known."""
+        limit = self.limit()
+        return limit is not None and self.position >= limit
+
     def begin(self, span: _Span, answer: _Answer) -> None:
         """Get ready for an answer: is it the same object, does it repeat bytes?"""
-        stored, etag = self.block.stored, answer.headers.get("ETag")
-        if etag is not None and etag != stored.etag:
-            if stored.etag is not None:
-                self._other_object(span, answer, etag)
-            stored.etag = etag
-        if self.block.range is None and span.start == 0:
-            self.block.size = span.end
+        block, etag = self.block, answer.headers.get("ETag")
+        alone = self.start == 0 and self.end in (None, block.size)
+        if etag is not None and not block.stored.agree(etag, block.index, alone):
+            self._other_object(span, answer)
+        if block.range is None and span.start == 0:
+            block.size = span.end
         if span.start < self.position:
             if self.rewindable:
                 self.position = self.start
             self._repeated = hashlib.sha256()
 
-    def _other_object(self, span: _Span, answer: _Answer, etag: str) -> None:
-        """The ETag is new: start the part again, or give up if that cannot help."""
-        where = _shown(answer.url)
-        if self.block.stored.first != self.block.index:
-            raise _ObjectChanged("%s changed during the transfer" % where)
+    def _other_object(self, span: _Span, answer: _Answer) -> None:
+        """The part must begin anew; an answer that does not is of no use."""
         if self.position > self.start and span.start > self.start:
-            # This answer is of no use; the next one is to begin at the start.
-            self.block.stored.etag = etag
             if self.rewindable:
                 self.position = self.start
             else:
                 self.block.pinned = True
-            raise RetryableIOError("%s changed during the transfer" % where)
+            text = "%s has changed during the transfer"
+            raise RetryableIOError(text % _shown(answer.url))
 
     def accept(self, offset: int, data: bytes) -> bytes:
         """What is new in the `data` at `offset`; the rest must repeat what was."""
@@ -1252,7 +1364,7 @@ def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
         yield part.position, part.block.data[part.position :]
         return
     retry = session.new_retry()
-    while part.limit() is None or part.position != part.limit():
+    while not part.complete():
         try:
             for offset, data in _attempt(session, part):
                 stop = offset + len(data)
@@ -1265,7 +1377,7 @@ def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
         except _ObjectChanged:
             raise
         except HtsgetException as error:
-            session.pause(retry, error)
+            session.pause(retry, error, part.block.url)
 
 
 def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
@@ -1277,8 +1389,12 @@ def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
     try:
         span = _locate(part.block, asked, answer)
         part.begin(span, answer)
-        offset, limit = span.start, part.limit()
+        if answer.status == 206 and span.end is not None:
+            session.ranged.add(_origin(part.block.url))
+        offset = span.start
         for data in answer.chunks():
+            # It changes when the rest of the block is given to other connections.
+            limit = part.limit()
             surplus = limit is not None and offset + len(data) > limit
             if surplus:
                 _check_surplus(part, asked, span)
@@ -1299,21 +1415,34 @@ def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
     """An answer with data, or a 416 that says that the file has no more of it."""
     block = part.block
     while True:
+        renewals = session.renewals
         asked = _ask(block, part.position, part.limit())
-        answer = session.transport.request(block.url, asked.headers)
+        answer = session.request(block.url, asked.headers)
         if answer.status in (200, 206):
             block.refused = False
             return asked, answer
-        if asked.changed and answer.status == 416:
-            total = re.match(r"bytes \*/(\d+)", answer.headers.get("Content-Range", ""))
-            if total and int(total.group(1)) == block.base + part.position:
-                block.size = part.position
-                return asked, answer
+        if asked.changed and answer.status == 416 and _is_at_end(part, answer):
+            return asked, answer
         error = _refusal(answer)
         if asked.changed and answer.status in _RANGE_REFUSED_STATUS:
             block.pinned = True
-        elif answer.status not in _EXPIRED_STATUS or not session.renew(block):
+            session.ranged.discard(_origin(block.url))
+        elif answer.status not in _EXPIRED_STATUS or not session.renew(block, renewals):
             raise error
+
+
+def _is_at_end(part: _Part, answer: _Answer) -> bool:
+    """Whether a 416 says that the file ends where the part should go on."""
+    text = answer.headers.get("Content-Range", "")
+    total = re.match(r"bytes \*/(\d{1,18})\Z", text, re.A)
+    if total is None:
+        return False
+    size = int(total.group(1)) - part.block.base
+    # A file that is shorter than what was delivered is not the same file.
+    if size == part.position or (size < part.position == part.start):
+        part.block.size = max(0, size)
+        return True
+    return False
 
 
 def _check_surplus(part: _Part, asked: _Asked, span: _Span) -> None:
@@ -1367,24 +1496,60 @@ class _Session:
         self._source = source
         self._options = options
         self._entries: List[DataBlock] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        # When an origin may be asked again (time.monotonic).
+        self._busy_until: Dict[Any, float] = {}
         self.blocks: List[_Block] = []
+        self.connections = options.connections
+        # How often the ticket was renewed; the origins that know ranges.
+        self.renewals = 0
+        self.ranged: Set[Any] = set()
         self.transport = _Transport(options.timeout, options.ssl_context)
 
     def __enter__(self) -> "_Session":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.transport.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """End all connections and waits, in all threads, for good."""
+        self._stopping.set()
+        self.transport.abort()
 
     def new_retry(self) -> _Retry:
         """A count of retries for one transfer."""
         return _Retry(self._options.max_retries, self._options.retry_wait)
 
-    def pause(self, retry: _Retry, error: HtsgetException) -> None:
+    def pause(self, retry: _Retry, error: HtsgetException, url: str) -> None:
         """Wait before the next attempt, or raise the error if there is none."""
+        if self._stopping.is_set():
+            raise _Stopped
         seconds = retry.pause(error)
+        if isinstance(error.__cause__, ClientError):
+            # The server is busy: that goes for all connections to it.
+            origin, until = _origin(url), time.monotonic() + seconds
+            self._busy_until[origin] = max(until, self._busy_until.get(origin, 0))
         _log.warning("%s; trying again in %.1f s", error, seconds)
-        time.sleep(seconds)
+        self._wait(seconds)
+
+    def request(self, url: str, headers: Dict[str, str]) -> _Answer:
+        """The answer to a request for a block, once its server may be asked."""
+        while True:
+            seconds = self._busy_until.get(_origin(url), 0) - time.monotonic()
+            if seconds <= 0:
+                return self.transport.request(url, headers)
+            # Not all at the same moment.
+            self._wait(seconds + random.uniform(0, 0.1))
+
+    def _wait(self, seconds: float) -> None:
+        if self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
+            raise _Stopped
+
+    def waiting(self) -> bool:
+        """Whether a server has asked for patience."""
+        return any(until > time.monotonic() for until in self._busy_until.values())
 
     def ticket(self) -> Ticket:
         """The ticket, asked for anew unless it was given."""
@@ -1395,7 +1560,7 @@ class _Session:
             try:
                 return _parse_ticket(self._fetch_ticket(self._source))
             except HtsgetException as error:
-                self.pause(retry, error)
+                self.pause(retry, error, self._source.url)
 
     def begin(self) -> Ticket:
         """Get the ticket and make its blocks ready; those of one URL share an ETag."""
@@ -1406,7 +1571,7 @@ class _Session:
             others = frozenset(
                 item for item in entry.headers.items() if item[0].lower() != "range"
             )
-            shared = stored.setdefault((entry.url, others), _Stored(index))
+            shared = stored.setdefault((entry.url, others), _Stored())
             self.blocks.append(_Block(index, entry, shared))
         return ticket
 
@@ -1431,24 +1596,31 @@ class _Session:
         )
         return dict(zip(("request", "ticket"), digests))
 
-    def renew(self, block: _Block) -> bool:
+    def renew(self, block: _Block, renewals: int) -> bool:
         """Ask for the ticket again because a block's URL was refused, as it may have
-        expired. False when that has been tried, and the block not served since."""
-        if isinstance(self._source, Ticket) or block.refused:
-            return False
-        block.refused = True
-        _log.warning(
-            "%s was refused and may have expired; asking for the ticket again",
-            _shown(block.url),
-        )
-        entries = self.ticket().blocks
-        if list(map(_shape, entries)) != list(map(_shape, self._entries)):
-            error = RetryableError("the ticket, asked for again, has other data blocks")
-            error._transient = False
-            raise error
-        for known, entry in zip(self.blocks, entries):
-            known.use(entry)
-        return True
+        expired; `renewals` is how often that was done before the block was asked for.
+        False when the block was refused before and has not been served since."""
+        with self._lock:
+            if self.renewals > renewals:
+                return True
+            if isinstance(self._source, Ticket) or block.refused:
+                return False
+            block.refused = True
+            _log.warning(
+                "%s was refused and may have expired; asking for the ticket again",
+                _shown(block.url),
+            )
+            entries = self.ticket().blocks
+            if list(map(_shape, entries)) != list(map(_shape, self._entries)):
+                error = RetryableError(
+                    "the ticket, asked for again, has other data blocks"
+                )
+                error._transient = False
+                raise error
+            for known, entry in zip(self.blocks, entries):
+                known.use(entry)
+            self.renewals += 1
+            return True
 
     def _fetch_ticket(self, request: _TicketRequest) -> bytes:
         answer = self.transport.request(
@@ -1495,14 +1667,245 @@ class _Chunk(NamedTuple):
     data: bytes
 
 
-def _deliver(
-    session: _Session, rewindable: bool, block: int = 0, offset: int = 0
-) -> Generator[_Chunk, None, None]:
-    """The blocks' bytes in order, beginning in a block at an offset in it."""
-    for current in session.blocks[block:]:
-        for at, data in _read_part(session, _Part(current, rewindable, offset)):
-            yield _Chunk(current.index, at, data)
-        offset = 0
+class _Stopped(Exception):
+    """The transfer ends; whoever still works for it is to let go."""
+
+
+class _Slot:
+    """A part in the window: read by the caller's own thread, or ahead by a helper."""
+
+    def __init__(self, part: _Part, own: bool) -> None:
+        self.part = part
+        self.own = own
+        # What a helper has read and nobody has taken yet.
+        self.chunks: List[Tuple[int, bytes]] = []
+        self.held = 0
+        self.done = False
+
+
+class _Window:
+    """Reads parts, several at once if that pays, and delivers them in order.
+
+    At first the caller's thread reads by itself, with one connection; that is the
+    fastest way when the processor is the limit. While the process is mostly idle,
+    helper threads are added. They read ahead into a window of bounded size; from then
+    on the caller's thread only delivers.
+    """
+
+    def __init__(self, session: _Session, rewindable: bool) -> None:
+        self._session = session
+        self._rewindable = rewindable
+        self._most = session.connections
+        self._slots_most = min(2 * self._most, _PARTS_MOST)
+        window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
+        # Bytes that one part may hold, and that a block is cut into.
+        self._piece = max(window // self._slots_most, _PIECE_LEAST)
+        # The block and the offset in it that nobody has claimed yet.
+        self._cursor = 0, 0
+        self._slots: Deque[_Slot] = collections.deque()
+        self._changed = threading.Condition()
+        self._helpers: List[threading.Thread] = []
+        # Connections that may be used now, and helpers that use one.
+        self._wanted = 1
+        self._busy = 0
+        self._rescues = 0
+        self._failure: Optional[BaseException] = None
+        self._closed = False
+        # The last look at the clocks.
+        self._looked = time.monotonic(), time.process_time()
+
+    def chunks(self, block: int, offset: int) -> Generator[_Chunk, None, None]:
+        """All bytes in order, beginning in a block at an offset in it."""
+        self._cursor = block, 0
+        try:
+            while True:
+                slot = self._head(offset)
+                offset = 0
+                if slot is None:
+                    return
+                source = _read_part(self._session, slot.part) if slot.own else None
+                for at, data in source or self._fetched(slot):
+                    yield _Chunk(slot.part.block.index, at, data)
+                    self._look()
+                with self._changed:
+                    self._slots.popleft()
+                    self._changed.notify_all()
+        except _Stopped:
+            raise self._failure or _Stopped from None
+        finally:
+            self._close()
+
+    def _head(self, offset: int) -> Optional[_Slot]:
+        """The part that is to be delivered next; None at the end."""
+        with self._changed:
+            while not self._slots:
+                if self._at_end():
+                    return None
+                if self._wanted == 1:
+                    self._claim(own=True, position=offset)
+                    if self._most > 1 and not self._helpers:
+                        self._add_helper()
+                else:
+                    self._rest()
+            return self._slots[0]
+
+    def _fetched(self, slot: _Slot) -> Iterator[Tuple[int, bytes]]:
+        """What a helper reads of a part, as it comes."""
+        while True:
+            with self._changed:
+                since, closed = time.monotonic(), 0.0
+                while not slot.chunks and not slot.done:
+                    self._rest()
+                    if time.monotonic() - since > _STARVED:
+                        since = time.monotonic()
+                        if self._session.transport.close_idle():
+                            closed = since
+                if time.monotonic() - closed < _STARVED / 4:
+                    self._rescued()
+                chunks, slot.chunks, slot.held = slot.chunks, [], 0
+                self._changed.notify_all()
+            yield from chunks
+            if slot.done and not slot.chunks:
+                return
+
+    def _rescued(self) -> None:
+        """An answer came as soon as idle connections were closed. When that happens
+        again, the server handles one connection at a time, so use only one."""
+        self._rescues += 1
+        if self._rescues == 2:
+            self._wanted = self._most = 1
+
+    def _rest(self) -> None:
+        """Wait a moment for a change (with the lock); raise what ended a helper."""
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise _Stopped
+        self._changed.wait(_LOOK)
+        self._look()
+
+    # What follows decides who reads what.
+
+    def _at_end(self) -> bool:
+        return self._cursor[0] >= len(self._session.blocks)
+
+    def _claim(self, own: bool, position: int = 0) -> _Slot:
+        """Take the next part, a piece of a block where that can be cut."""
+        index, start = self._cursor
+        block = self._session.blocks[index]
+        end = None
+        if not own and self._can_be_cut(block, start):
+            end = start + self._piece
+        self._cursor = (index + 1, 0) if end is None else (index, end)
+        if start and end is None:
+            end = block.size
+        slot = _Slot(_Part(block, self._rewindable, start, end, position), own)
+        self._slots.append(slot)
+        return slot
+
+    def _can_be_cut(self, block: _Block, start: int) -> bool:
+        """Whether the block has a Range that may be changed, and is worth it."""
+        return (
+            block.data is None
+            and block.range is not None
+            and block.size is not None
+            and block.size - start > self._piece
+            and not block.pinned
+            and not block.whole
+            and _origin(block.url) in self._session.ranged
+        )
+
+    def _cut_own(self) -> None:
+        """Leave the rest of the block that the caller's thread reads to helpers.
+
+        That thread looks at the new end with each chunk, which is less than a piece.
+        """
+        part = self._slots[0].part if self._slots and self._slots[0].own else None
+        if part is not None and part.end is None:
+            end = part.position + self._piece
+            if self._can_be_cut(part.block, end):
+                part.end = end
+                self._cursor = part.block.index, end
+
+    def _look(self) -> None:
+        """Use more connections, twice as many, if the process is mostly idle."""
+        wall, cpu = time.monotonic(), time.process_time()
+        passed = wall - self._looked[0]
+        if passed < _LOOK or self._wanted >= self._most:
+            return
+        idle = cpu - self._looked[1] < _IDLE * passed
+        self._looked = wall, cpu
+        if not idle or self._session.waiting():
+            return
+        with self._changed:
+            if self._wanted == 1:
+                self._cut_own()
+            if not self._at_end() and not self._closed:
+                self._wanted = min(2 * self._wanted, self._most)
+                while len(self._helpers) < self._wanted:
+                    self._add_helper()
+                self._changed.notify_all()
+
+    # What follows is the helpers' side.
+
+    def _add_helper(self) -> None:
+        thread = threading.Thread(target=self._help, name="htsget")
+        # A daemon, so that nothing can keep the process from ending.
+        thread.daemon = True
+        self._helpers.append(thread)
+        thread.start()
+
+    def _help(self) -> None:
+        """Read parts ahead until there is nothing more to do."""
+        try:
+            while True:
+                slot = self._next_ahead()
+                for at, data in _read_part(self._session, slot.part):
+                    self._hand_over(slot, at, data)
+                with self._changed:
+                    slot.done = True
+                    self._busy -= 1
+                    self._changed.notify_all()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+            self._session.stop()
+
+    def _next_ahead(self) -> _Slot:
+        """The next part to read ahead, once there is need and room for it."""
+        with self._changed:
+            while True:
+                own = bool(self._slots) and self._slots[0].own
+                room = len(self._slots) < self._slots_most
+                allowed = self._wanted > 1 and self._busy < self._wanted - own
+                if allowed and room and not self._at_end():
+                    self._busy += 1
+                    return self._claim(own=False)
+                self._rest()
+
+    def _hand_over(self, slot: _Slot, at: int, data: bytes) -> None:
+        with self._changed:
+            while slot.held >= self._piece:
+                self._rest()
+            if self._closed:
+                raise _Stopped
+            slot.chunks.append((at, data))
+            slot.held += len(data)
+            self._changed.notify_all()
+        self._look()
+
+    def _close(self) -> None:
+        """End all helpers; none of them outlives this call."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._helpers:
+            self._session.stop()
+        for thread in self._helpers:
+            thread.join(1.0)
 
 
 # ---- output
@@ -2038,13 +2441,13 @@ def get(
         progress,
         ssl_context,
     )
-    with _session(url, options) as session:
-        target = _open_output(output)
-        try:
-            _save(session, target, options)
-            target.commit()
-        finally:
-            target.close()
+    source = _source(url, options)
+    target = _open_output(output)
+    try:
+        _save(source, target, options)
+        target.commit()
+    finally:
+        target.close()
 
 
 def get_ticket(url: str, **options: Any) -> Ticket:
@@ -2052,34 +2455,42 @@ def get_ticket(url: str, **options: Any) -> Ticket:
 
     The options are those of `get`, and so are the exceptions.
     """
-    with _session(url, _Options(**options)) as session:
+    known = _Options(**options)
+    with _Session(_source(url, known), known) as session:
         return session.ticket()
 
 
-def _session(url: Union[str, Ticket], options: _Options) -> _Session:
-    """Check the arguments and make them ready for use."""
+def _source(
+    url: Union[str, Ticket], options: _Options
+) -> Union[_TicketRequest, Ticket]:
+    """Where the ticket comes from; checks the arguments."""
     if options.timeout is not None and options.timeout <= 0:
         raise RequestError("timeout is not greater than 0")
     if options.connections < 1:
         raise RequestError("connections is less than 1")
     if isinstance(url, Ticket):
         _check_ticket(url)
-        return _Session(url, options)
-    return _Session(_TicketRequest(url, options), options)
+        return url
+    return _TicketRequest(url, options)
 
 
-def _save(session: _Session, output: _Output, options: _Options) -> None:
+def _save(
+    source: Union[_TicketRequest, Ticket], output: _Output, options: _Options
+) -> None:
     """Fetch everything and write it; start over when the object has changed."""
-    retry = session.new_retry()
+    retry = _Retry(options.max_retries, options.retry_wait)
     resume = options.resume
     while True:
         try:
-            _save_once(session, output, options, resume)
+            with _Session(source, options) as session:
+                _save_once(session, output, options, resume)
             return
         except _ObjectChanged as error:
             if not output.rewindable:
                 raise
-            session.pause(retry, error)
+            seconds = retry.pause(error)
+            _log.warning("%s; starting over in %.1f s", error, seconds)
+            time.sleep(seconds)
             resume = False
         except IntegrityError as error:
             text = "%s; the data is kept in %s" % (error, output.kept_in())
@@ -2096,7 +2507,7 @@ def _save_once(
         writer.begin(resume)
         place = writer.place
         offset = place.position - place.begin
-        chunks = _deliver(session, output.rewindable, place.block, offset)
+        chunks = _Window(session, output.rewindable).chunks(place.block, offset)
         with contextlib.closing(chunks):
             for chunk in chunks:
                 writer.take(chunk)
@@ -2149,7 +2560,7 @@ class _Writer:
         else:
             block = self._session.blocks[place.block]
             block.size = place.size if block.size is None else block.size
-            block.stored.etag, block.stored.first = place.etag, -1
+            block.stored.recall(place.etag)
         self.place = place
 
     def take(self, chunk: _Chunk) -> None:

@@ -125,6 +125,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.requests = []
         self.connections = 0
         self.sent = 0
+        # Seconds that every answer but a ticket's takes; answers under way, and most.
+        self.delay = 0
+        self.active = self.most_active = 0
         self.lock = threading.Lock()
         self.tls = None
         if tls:
@@ -201,7 +204,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif isinstance(route, bytes):
             self.reply(200, route)
         else:
-            route(self)
+            with self.server.lock:
+                self.server.active += 1
+                self.server.most_active = max(
+                    self.server.active, self.server.most_active
+                )
+            try:
+                time.sleep(self.server.delay)
+                route(self)
+            finally:
+                with self.server.lock:
+                    self.server.active -= 1
 
     do_POST = do_GET
 
@@ -1478,6 +1491,7 @@ def test_damaged_answers_never_give_wrong_bytes(seed):
     for number in range(scenarios):
         with Server() as server:
             server.start()
+            server.delay = rng.choice([0, 0, 0.03])
             blocks, expected = random_ticket(rng, server)
             output = rng.choice([io.BytesIO, Unseekable])()
             try:
@@ -1499,6 +1513,178 @@ def test_damaged_answers_never_give_wrong_bytes(seed):
                 arrived += 1
             server.shutdown()
     assert arrived >= 0.97 * scenarios
+
+
+# -- several connections
+
+
+def test_waiting_is_overlapped_up_to_the_limit(server):
+    data = pattern(100 * 1000)
+    server.delay = 0.05
+    url = server.ticket(sliced(server, data, count=100))
+    before = time.monotonic()
+    assert fetch(url) == data
+    assert time.monotonic() - before < 100 * 0.05 / 2
+    assert server.most_active == 4
+    assert server.connections <= 5
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_connections_is_the_most_at_once(server, limit):
+    data = pattern(60 * 1000)
+    server.delay = 0.03
+    url = server.ticket(sliced(server, data, count=60))
+    assert fetch(url, connections=limit) == data
+    assert server.most_active == limit
+
+
+def throttle(file, rate):
+    """A route that sends a file's bytes at a rate, in bytes a second."""
+
+    def route(handler):
+        status, headers, body = file.answer(handler.headers)
+        handler.head(status, dict(headers, **{"Content-Length": str(len(body))}))
+        for start in range(0, len(body), 65536):
+            handler.send(body[start : start + 65536])
+            time.sleep(65536 / rate)
+
+    return route
+
+
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+def test_a_big_block_is_cut_where_waiting_pays(server, output):
+    data = pattern(12 << 20)
+    url = server.at("/b", throttle(File(data, etag='"x"'), 8 << 20))
+    ticket = server.ticket([(url, {"Range": "bytes=5-%d" % (len(data) - 6)})])
+    output = output()
+    htsget.get(ticket, output, **QUICK)
+    written = output.data if isinstance(output, Unseekable) else output.getvalue()
+    assert written == data[5:-5]
+    assert server.most_active == 4
+    asked = server.asked("/b")
+    assert asked[0].headers["Range"] == "bytes=5-%d" % (len(data) - 6)
+    assert all(r.headers["If-Range"] == '"x"' for r in asked[1:])
+    assert server.sent < 1.2 * len(data)
+
+
+@pytest.mark.parametrize("kind", ["signed", "unrangeable", "plain"])
+def test_other_blocks_are_never_cut(server, kind):
+    data = pattern(6 << 20)
+    file = File(data, ranges=kind != "unrangeable")
+    url = server.at("/b", throttle(file, 8 << 20))
+    block = (url, {"Range": "bytes=0-%d" % (len(data) - 1)})
+    if kind == "signed":
+        block = (url + "?X-Amz-SignedHeaders=host%3brange", block[1])
+    elif kind == "plain":
+        block = url
+    assert fetch(server.ticket([block, data_uri(b"tail")])) == data + b"tail"
+    assert len(server.asked("/b")) == 1
+
+
+def test_a_changed_object_is_never_mixed_by_several_connections(server):
+    old, new = pattern(12 << 20, 1), pattern(12 << 20, 2)
+    files = [File(old, etag='"1"'), File(new, etag='"2"')]
+
+    def route(handler):
+        number = len(server.asked("/b"))
+        throttle(files[number > 3], 8 << 20)(handler)
+
+    ticket = server.ticket(
+        [(server.at("/b", route), {"Range": "bytes=0-%d" % (len(old) - 1)})]
+    )
+    assert fetch(ticket) == new
+    del server.requests[:]
+    output = Unseekable()
+    with pytest.raises(htsget.RetryableError, match="changed"):
+        htsget.get(ticket, output, **QUICK)
+    assert old.startswith(output.data)
+
+
+def test_an_error_in_one_part_ends_all_connections(server):
+    data = pattern(1000)
+    slow = threading.Event()
+
+    def stall(handler):
+        slow.wait(10)
+
+    blocks = sliced(server, data, count=2)
+    blocks += [server.at("/stall", stall), server.at("/gone", lambda h: h.reply(404))]
+    ticket = htsget.Ticket(
+        None, [htsget.DataBlock(*[b] if isinstance(b, str) else b) for b in blocks]
+    )
+    before = time.monotonic()
+    with pytest.raises(htsget.ClientError):
+        fetch(ticket)
+    assert time.monotonic() - before < 1
+    assert [t for t in threading.enumerate() if t.name == "htsget"] == []
+    slow.set()
+
+
+def test_no_thread_outlives_a_transfer(server):
+    server.delay = 0.03
+    data = pattern(20000)
+    assert fetch(server.ticket(sliced(server, data, count=20))) == data
+    assert [t for t in threading.enumerate() if t.name == "htsget"] == []
+
+
+def test_retry_after_holds_for_all_connections(server):
+    data = pattern(40000)
+    server.delay = 0.03
+    times = []
+    file = File(data)
+
+    def route(handler):
+        times.append(time.monotonic())
+        if len(times) == 10:
+            handler.reply(503, b"", {"Retry-After": "1"})
+        else:
+            file(handler)
+
+    blocks = sliced(server, data, count=40)
+    server.at("/file", route)
+    assert fetch(server.ticket(blocks)) == data
+    gap = [t for t in times[10:] if 0.15 < t - times[9] < 0.99]
+    assert gap == []
+
+
+def test_a_server_that_handles_one_connection_at_a_time():
+    class Sequential(Server):
+        process_request = socketserver.TCPServer.process_request
+
+    with Sequential() as server:
+        server.start()
+        server.delay = 0.02
+        data = pattern(200000)
+        url = server.ticket(sliced(server, data, count=60))
+        before = time.monotonic()
+        assert fetch(url, timeout=20) == data
+        assert time.monotonic() - before < 10
+        server.shutdown()
+
+
+def test_many_small_blocks_of_several_kinds(server):
+    server.delay = 0.005
+    blocks, expected = [], []
+    for number in range(100):
+        data = pattern(number * 37 % 5000 + 1, number)
+        if number % 3 == 0:
+            blocks.append(data_uri(data))
+        elif number % 3 == 1:
+            damages = [damage.cut(0)] if number % 2 else []
+            blocks.append(server.at("/%d" % number, File(data, damages=damages)))
+        else:
+            file = File(data, framing="chunked", ranges=False)
+            blocks.append(
+                (
+                    server.at("/%d" % number, file),
+                    {"Range": "bytes=0-%d" % (len(data) - 1)},
+                )
+            )
+        expected.append(data)
+    for connections in (1, 3, 16):
+        output = Unseekable()
+        htsget.get(server.ticket(blocks), output, connections=connections, **QUICK)
+        assert output.data == b"".join(expected)
 
 
 # -- the output
@@ -1728,16 +1914,20 @@ class Slow:
             self.sent += len(piece)
 
 
-def interrupted(server, tmp_path, url, slow, end, *args):
-    """Start the command line, `end` it when the server pauses, and return it."""
+def interrupted(tmp_path, url, slow, end, before=0):
+    """Start the command line, `end` it when the server pauses, and return it.
+
+    `before`: bytes of other blocks that come first.
+    """
     command = [sys.executable, os.path.join(HERE, "htsget.py"), url]
-    command += ["-O", str(tmp_path / "out"), "-W", "0.01"] + list(args)
+    command += ["-O", str(tmp_path / "out"), "-W", "0.01"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     assert slow.reached.wait(10)
     part = str(tmp_path / "out.part")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and not (
-        os.path.exists(part) and os.path.getsize(part) >= slow.pause - (1 << 20)
+        os.path.exists(part)
+        and os.path.getsize(part) >= before + slow.pause - (1 << 20)
     ):
         time.sleep(0.01)
     before = time.monotonic()
@@ -1763,7 +1953,7 @@ def test_the_same_command_goes_on_after_a_death(server, tmp_path, end, status, p
         (slow_url, {"Range": "bytes=%d-%d" % (half, len(data) - 1)}),
     ]
     url = server.ticket([data_uri(b"head")] + blocks)
-    process = interrupted(server, tmp_path, url, slow, end)
+    process = interrupted(tmp_path, url, slow, end)
     assert process.returncode == status
     assert process.took < 1
     if status > 0:
@@ -1782,7 +1972,7 @@ def test_an_unrangeable_block_costs_itself_only(server, tmp_path):
     data = pattern(4 << 20)
     slow = Slow(File(data, ranges=False), 3 << 20)
     url = server.ticket([server.at("/a", data), server.at("/file", slow)])
-    interrupted(server, tmp_path, url, slow, signal.SIGKILL)
+    interrupted(tmp_path, url, slow, signal.SIGKILL, len(data))
     assert htsget_command(url, "-O", str(tmp_path / "out")).returncode == 0
     assert (tmp_path / "out").read_bytes() == data * 2
     assert len(server.asked("/a")) == 1
