@@ -41,6 +41,7 @@ import collections
 import contextlib
 import copy
 import email.utils
+import errno
 import functools
 import hashlib
 import http.client
@@ -122,6 +123,14 @@ _TICKET_LIMIT = 64 << 20
 _ERROR_LIMIT = 1 << 16
 _ERROR_SHOWN = 300
 
+# TLS delivers bulk data in full records; as many are joined before they go on.
+_TLS_RECORD = 1 << 14
+_TLS_RECORDS = 8
+
+# Bytes of an answer's head, and informational (1xx) answers before the real one.
+_HEAD_LIMIT = 1 << 17
+_INFORMATIONAL_LIMIT = 20
+
 # What browsers and curl allow is more; an archive needs one or two.
 _REDIRECT_LIMIT = 10
 
@@ -137,7 +146,7 @@ _PIECE_LEAST = 256 << 10
 # Seconds between two looks at whether the process is mostly idle, so that more
 # connections would pay; and the share of a processor below which it is.
 _LOOK = 0.025
-_IDLE = 0.5
+_IDLE = 0.25
 
 # Seconds without a byte after which idle connections are closed, in case that the
 # server handles one at a time.
@@ -588,9 +597,8 @@ def _check_ticket(ticket: Ticket) -> None:
         what = "data block %d" % number
         if block.url[:5].lower() == "data:":
             _decode_data_uri(block.url, what)
-            continue
-        problem = _url_problem(block.url)
-        if problem:
+        elif _url_problem(block.url):
+            problem = _url_problem(block.url)
             raise ProtocolError("cannot use the URL of %s: %s" % (what, problem))
         for name, value in block.headers.items():
             problem = _header_problem(name, value)
@@ -603,7 +611,10 @@ def _decode_data_uri(uri: str, what: str) -> bytes:
     header, comma, data = uri[5:].partition(",")
     if not comma:
         raise ProtocolError("the data URI of %s has no comma" % what)
-    content = urllib.parse.unquote_to_bytes(data)
+    try:
+        content = urllib.parse.unquote_to_bytes(data)
+    except UnicodeEncodeError:
+        raise ProtocolError("the data URI of %s is not Unicode" % what) from None
     if header.split(";")[-1].strip().lower() != "base64":
         return content
     try:
@@ -619,56 +630,116 @@ def _error_text(body: Mapping[str, Any]) -> List[str]:
 
 # ---- transport
 
+# What the standard library raises for broken connections and broken answers.
+_LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose head is read here, which is strict and bounded, and takes half
+    the time that the standard library's e-mail parser does.
+
+    `fields` are the headers, by lower-case name.
+    """
+
+    def begin(self) -> None:
+        """Read the head (called by http.client)."""
+        for _ in range(_INFORMATIONAL_LIMIT):
+            version, self.status, reason = self._read_status()  # type: ignore
+            self.fields = self._read_fields()
+            if self.status >= 200:
+                break
+        else:
+            raise http.client.HTTPException("endless informational answers")
+        self.code, self.reason = self.status, reason.strip()
+        self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
+        options = self.fields.get("connection", "").lower()
+        self.will_close = "close" in options or (
+            self.version == 10 and "keep-alive" not in options
+        )
+        coding = self.fields.get("transfer-encoding", "").lower()
+        if coding not in ("", "chunked"):
+            raise http.client.HTTPException("unknown Transfer-Encoding")
+        self.chunked, self.chunk_left = bool(coding), None
+        self.length = None if coding else self._content_length()
+        if self.length is None and not coding:
+            self.will_close = True
+
+    def _read_fields(self) -> Dict[str, str]:
+        fields: Dict[str, str] = {}
+        size = 0
+        while True:
+            line = self.fp.readline(_HEAD_LIMIT)
+            size += len(line)
+            if not line.endswith(b"\n") or size >= _HEAD_LIMIT:
+                raise http.client.HTTPException("a head that is too long or cut off")
+            name, colon, value = line.decode("latin-1").partition(":")
+            if not colon:
+                if name.strip():
+                    raise http.client.HTTPException("a malformed header")
+                return fields
+            name, value = name.lower(), value.strip()
+            fields[name] = fields[name] + ", " + value if name in fields else value
+
+    def _content_length(self) -> Optional[int]:
+        if self.status in (204, 304):
+            return 0
+        value = self.fields.get("content-length")
+        if value is not None and not re.match(r"\d{1,18}\Z", value, re.A):
+            raise http.client.HTTPException("a malformed Content-Length")
+        return None if value is None else int(value)
+
+    def _read_next_chunk_size(self) -> int:
+        """Of the stock class, which takes a line that was cut off, or a negative
+        number, for a size."""
+        line = self.fp.readline(_HEAD_LIMIT)
+        match = re.match(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n\Z", line)
+        if match is None:
+            raise http.client.IncompleteRead(b"")
+        return int(match.group(1), 16)
+
 
 class _Answer:
     """One HTTP answer: status, headers, and a body whose bytes are counted."""
 
     def __init__(
-        self,
-        url: str,
-        response: http.client.HTTPResponse,
-        release: Callable[[bool], None],
+        self, url: str, response: _Response, release: Callable[[bool], None]
     ) -> None:
         self.url = url
         self.status = response.status
         self.reason = response.reason
-        self.headers = response.headers
+        # By lower-case name.
+        self.headers = response.fields
         self._response = response
         self._release = release
-        # Whether the body's end can be told from a cut connection.
-        self.framed = True
-        # The body's length in bytes, None where only its end will tell.
-        self.length: Optional[int] = None
-        if response.status in (204, 304):
-            self.length = 0
-        elif not response.chunked:
-            self.length = self._content_length()
-            self.framed = self.length is not None
-
-    def _content_length(self) -> Optional[int]:
-        values = {value.strip() for value in self.headers.get_all("Content-Length", [])}
-        if not values:
-            return None
-        value = values.pop()
-        if values or not re.match(r"\d{1,18}\Z", value, re.A):
-            self.close()
-            raise _damaged("a malformed Content-Length", self.url)
-        return int(value)
+        # The body's length in bytes, None where only its end will tell; and whether
+        # that end can be told from a cut connection.
+        self.length = response.length
+        self.framed = response.chunked or response.length is not None
 
     def chunks(self) -> Iterator[bytes]:
         """The body, piece by piece; ContentLengthMismatch when it ends early."""
         left = self.length
+        records: List[bytes] = []
         while left is None or left > 0:
             try:
                 most = _CHUNK if left is None else min(_CHUNK, left)
                 data = self._response.read1(most)
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except _LIBRARY_ERRORS as error:
+                if records:
+                    yield b"".join(records)
                 raise _network_error(error, self.url) from error
             if not data:
                 break
             if left is not None:
                 left -= len(data)
+            if records or len(data) == _TLS_RECORD:
+                records.append(data)
+                if len(data) == _TLS_RECORD and len(records) < _TLS_RECORDS and left:
+                    continue
+                data, records = b"".join(records), []
             yield data
+        if records:
+            yield b"".join(records)
         if left:
             raise ContentLengthMismatch(
                 "%s: the answer ended %d bytes early" % (_shown(self.url), left)
@@ -780,6 +851,7 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
                 login = request.headers.get("Proxy-authorization")
                 headers = {"Proxy-Authorization": login} if login else {}
                 connection.set_tunnel(tunnel, headers=headers)
+        connection.response_class = _Response
         # What http.client calls to get a socket.
         connect = functools.partial(self._connect, connection)
         connection._create_connection = connect  # type: ignore
@@ -815,7 +887,7 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         connection: http.client.HTTPConnection,
         request: _HttpRequest,
         tunnel: Optional[str],
-    ) -> http.client.HTTPResponse:
+    ) -> _Response:
         headers = dict(request.unredirected_hdrs)
         headers.update(request.headers)
         if tunnel:
@@ -823,7 +895,9 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         # http.client adds "Accept-Encoding: identity" by itself.
         named = {name.title(): value for name, value in headers.items()}
         connection.request(request.get_method(), request.selector, request.data, named)
-        return connection.getresponse()
+        response = connection.getresponse()
+        assert isinstance(response, _Response)
+        return response
 
     def _release(
         self, key: Any, connection: http.client.HTTPConnection, reusable: bool
@@ -870,7 +944,7 @@ class _Redirects(urllib.request.BaseHandler):
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
         answer.text()
-        location = answer.headers.get("Location")
+        location = answer.headers.get("location")
         if not location:
             raise _damaged("a redirect without Location", answer.url)
         if request.redirects >= _REDIRECT_LIMIT:
@@ -903,7 +977,11 @@ class _Redirects(urllib.request.BaseHandler):
         if request.private:
             public = ("Accept", "Content-Type")
             return {name: headers[name] for name in public if name in headers}
-        if before[0] == "https" and after[0] == "http" and set(headers) - {"Range"}:
+        if (
+            before[0] == "https"
+            and after[0] == "http"
+            and set(headers) - {"Range", "If-Range"}
+        ):
             raise ProtocolError(
                 "%s redirects to plain http, where the data block's headers must not "
                 "be sent" % _shown(request.full_url)
@@ -933,14 +1011,15 @@ class _Transport:
     ) -> _Answer:
         """The answer to a request, whatever its status, after redirects."""
         request = _HttpRequest(url, headers, body, private)
-        _log.debug("%s %s", request.get_method(), _shown(url))
         try:
             answer: _Answer = self._opener.open(request, timeout=self._timeout)
         except HtsgetException:
             raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except _LIBRARY_ERRORS as error:
             raise _network_error(error, url) from error
-        _log.debug("%s answered %d", _shown(answer.url), answer.status)
+        if _log.isEnabledFor(logging.DEBUG):
+            method, shown = request.get_method(), _shown(answer.url)
+            _log.debug("%s %s: %d", method, shown, answer.status)
         return answer
 
     def close_idle(self) -> bool:
@@ -1036,7 +1115,7 @@ def _refusal(answer: _Answer) -> HtsgetException:
         return refused
     failure = RetryableIOError(str(refused))
     failure.__cause__ = refused
-    failure._retry_after = _retry_after(answer.headers.get("Retry-After"), time.time())
+    failure._retry_after = _retry_after(answer.headers.get("retry-after"), time.time())
     return failure
 
 
@@ -1084,31 +1163,44 @@ class _Retry:
 # ---- reading one part
 
 
-class _Stored:
-    """What is behind a URL that several blocks may share, known by its ETag."""
+class _ObjectChanged(RetryableError):
+    """What is behind a URL is not what earlier blocks were taken from."""
 
-    def __init__(self) -> None:
-        self.etag: Optional[str] = None
+
+class _Stored:
+    """What is behind a URL that several blocks may share, known by a validator: its
+    ETag, or where it has none its Last-Modified date."""
+
+    def __init__(self, first: int) -> None:
+        # The first block of those that share it.
+        self.first = first
+        self.validator: Optional[str] = None
         # The blocks that have bytes of it; -1 stands for those of an earlier run.
         self._users: Set[int] = set()
         self._lock = threading.Lock()
 
-    def recall(self, etag: Optional[str]) -> None:
-        """Take up the ETag of an earlier run."""
-        self.etag = etag
+    def recall(self, validator: str) -> None:
+        """Take up the validator of an earlier run."""
+        self.validator = validator
         self._users = {-1}
 
-    def agree(self, etag: str, block: int, alone: bool) -> bool:
-        """Whether a block's ETag is the one that was known.
+    def condition(self) -> Optional[str]:
+        """The If-Range header; only a strong ETag is good for it (RFC 9110 13.1.5)."""
+        strong = self.validator is not None and self.validator.startswith('"')
+        return self.validator if strong else None
+
+    def agree(self, validator: str, block: int, alone: bool) -> bool:
+        """Whether an answer's validator is the one that was known.
 
         A new one is taken when no bytes but the block's own depend on the old one, and
         those are in one part (`alone`); else nothing can be mended here.
         """
         with self._lock:
-            same = self.etag in (None, etag)
+            known = self.validator or validator
+            same = known.replace("W/", "", 1) == validator.replace("W/", "", 1)
             if not same and not (alone and self._users <= {block}):
                 raise _ObjectChanged("what is behind the URL has changed")
-            self.etag = etag
+            self.validator = validator
             self._users.add(block)
             return same
 
@@ -1127,8 +1219,17 @@ class _Block:
         self.base = 0
         # The Range is of a kind that cannot be reckoned with.
         self.opaque = False
+        # The server takes no other Range than the ticket's: it is signed, or another
+        # one was of no use.
+        self.pinned = False
         # The server answers a Range with the whole file.
         self.whole = False
+        # Bytes were delivered of which it is not certain that they are the slice.
+        self.guessed = False
+        # The furthest end that an answer has announced, and the end of a complete
+        # answer that was shorter than what was asked for.
+        self.announced = 0
+        self.short: Optional[int] = None
         # The block was refused, and has not been served since.
         self.refused = False
         self.use(entry)
@@ -1143,26 +1244,30 @@ class _Block:
         for name, value in entry.headers.items():
             if name.lower() not in _OWN_HEADERS:
                 self.headers[name.title()] = value
+        self.origin = _origin(self.url)
         self.range = self.headers.get("Range")
-        self._read_range()
-        # The server takes no other Range than the ticket's: because that is signed,
-        # or because another one was refused.
+        if self.range is not None:
+            self._read_range(self.range)
         signed = re.search(r"[?&]X-Amz-SignedHeaders=([^&]*)", self.url, re.I)
-        names = urllib.parse.unquote(signed.group(1)).lower() if signed else ""
-        self.pinned = self.opaque or "range" in names.split(";")
+        if signed:
+            names = urllib.parse.unquote(signed.group(1)).lower()
+            self.pinned = self.pinned or "range" in names.split(";")
 
-    def _read_range(self) -> None:
-        if self.range is None:
+    def _read_range(self, text: str) -> None:
+        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", text.strip().lower(), re.A)
+        if match is None:
+            self.opaque = self.pinned = True
             return
-        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", self.range, re.A)
-        self.opaque = match is None
-        if match:
-            self.base = int(match.group(1))
-            if match.group(2):
-                self.size = int(match.group(2)) + 1 - self.base
-                if self.size <= 0:
-                    text = "data block %d has a Range that ends before it begins"
-                    raise ProtocolError(text % (self.index + 1))
+        self.base = int(match.group(1))
+        if match.group(2):
+            self.size = int(match.group(2)) + 1 - self.base
+            if self.size <= 0:
+                text = "data block %d has a Range that ends before it begins"
+                raise ProtocolError(text % (self.index + 1))
+
+    def lasting(self) -> bool:
+        """Whether an earlier run's bytes of this block can be gone on from."""
+        return not self.pinned and not self.guessed
 
 
 class _Asked(NamedTuple):
@@ -1190,64 +1295,80 @@ class _Span(NamedTuple):
     guessed: bool = False
 
 
-def _ask(block: _Block, start: int, end: Optional[int]) -> _Asked:
+def _ask(block: _Block, start: int, end: Optional[int], own: bool) -> _Asked:
     """The request for the bytes from `start` up to `end` (None: all) of a block.
 
-    A request for the whole block is the ticket's own, to the letter. Ranges are
-    closed wherever the end is known: some servers fail on open ones.
+    `own`, and a request for the whole block, is the ticket's own, to the letter. Ranges
+    are closed wherever the end is known: some servers fail on open ones.
     """
-    if block.pinned or (start == 0 and (end is None or end == block.size)):
+    if own or block.pinned or (start == 0 and (end is None or end == block.size)):
         return _Asked(0, block.size, block.headers, False)
     last = "" if end is None else str(block.base + end - 1)
     headers = dict(block.headers, Range="bytes=%d-%s" % (block.base + start, last))
-    etag = block.stored.etag
-    if etag and etag.startswith('"'):
-        headers["If-Range"] = etag
+    condition = block.stored.condition()
+    if condition is not None:
+        headers["If-Range"] = condition
     return _Asked(start, end, headers, True)
 
 
 def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     """Where in the block the answer's body lies, or ProtocolError."""
-    if answer.headers.get_content_type() == "text/html":
+    if "text/html" in answer.headers.get("content-type", "").lower():
         raise ProtocolError("%s: an HTML page instead of data" % _shown(answer.url))
     if answer.status == 200:
         return _locate_full(block, asked, answer)
     if block.range is None and not asked.changed:
-        # Some servers have the range in the query and answer a plain request so.
+        # Some servers have the range in the query and answer a plain request so; what
+        # a Range would mean to them is anybody's guess.
+        block.pinned = True
         return _Span(0, answer.length, final=True)
-    return _locate_partial(block, asked, answer)
+    text = answer.headers.get("content-range")
+    if text is None:
+        return _locate_unsaid(block, asked, answer)
+    return _locate_partial(block, asked, answer, text.strip())
 
 
-def _locate_partial(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
+def _locate_unsaid(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
+    """A 206 without Content-Range: only its length can say that it is the slice."""
+    if "multipart/" in answer.headers.get("content-type", ""):
+        raise _damaged("several ranges", answer.url)
+    rest = None if asked.end is None else asked.end - asked.start
+    if asked.changed and answer.length != rest:
+        block.pinned = True
+        raise _Again("%s does not say what it sends" % _shown(answer.url))
+    if answer.length is None:
+        return _Span(0, asked.end, asked.end is None, guessed=True)
+    if rest is not None and answer.length > rest:
+        raise _damaged("more than the range that was asked for", answer.url)
+    return _Span(asked.start, asked.start + answer.length, asked.end is None)
+
+
+def _locate_partial(block: _Block, asked: _Asked, answer: _Answer, text: str) -> _Span:
     """A 206: what its Content-Range says must be within what was asked for.
 
-    The total behind the slash is not checked (some servers give the slice's length);
-    it tells only whether a short answer is short because the file ends.
+    The total behind the slash is not checked: some servers give the slice's length. It
+    only helps to tell whether a short answer is short because the file ends.
     """
-    text = answer.headers.get("Content-Range")
-    if text is None:
-        if answer.headers.get_content_type() == "multipart/byteranges":
-            raise _damaged("several ranges", answer.url)
-        end = None if answer.length is None else asked.start + answer.length
-        span = _Span(asked.start, end, asked.end is None)
-    else:
-        match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d+|\*)\Z", text.strip(), re.A)
-        if not match:
-            raise _damaged("a malformed Content-Range", answer.url)
-        first, stop = int(match.group(1)), int(match.group(2)) + 1
-        if answer.length not in (None, stop - first):
-            raise _damaged("a Content-Length unlike its Content-Range", answer.url)
-        total = match.group(3)
-        if asked.end is None:
-            final = total == "*" or int(total) <= stop
-        else:
-            final = total == str(stop)
-        start = 0 if block.opaque else first - block.base
-        span = _Span(start, start + stop - first, final)
-    beyond = asked.end is not None and (span.end or 0) > asked.end
-    if span.start != asked.start or beyond or span.end == span.start:
+    match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\Z", text, re.A)
+    if not match:
+        raise _damaged("a malformed Content-Range", answer.url)
+    first, stop = int(match.group(1)), int(match.group(2)) + 1
+    if stop <= first or answer.length not in (None, stop - first):
+        raise _damaged("a Content-Range unlike its length", answer.url)
+    if block.opaque:
+        return _Span(0, stop - first, final=True)
+    start, end = first - block.base, stop - block.base
+    if asked.changed and start == 0 and end == block.size:
+        block.pinned = True
+        raise _Again("%s knows only the ticket's range" % _shown(answer.url))
+    if start != asked.start or (asked.end is not None and end > asked.end):
         raise _damaged("another range than was asked for", answer.url)
-    return span
+    total = match.group(3)
+    if asked.end is None:
+        final = total == "*" or int(total) <= stop
+    else:
+        final = total == str(stop) and (first > 0 or block.pinned)
+    return _Span(start, end, final)
 
 
 def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
@@ -1255,25 +1376,19 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     asked for exactly when its length says so, and the whole file when it does not."""
     length = answer.length
     rest = None if asked.end is None else asked.end - asked.start
-    if asked.changed and rest is not None and length == rest:
+    if length is not None and length == rest:
         return _Span(asked.start, asked.end)
     if block.range is None:
         return _Span(0, length, final=True)
     if block.opaque:
         raise ProtocolError("%s ignores the Range header" % _shown(answer.url))
     if length is None:
-        if not block.whole:
-            return _Span(asked.start, asked.end, asked.end is None, guessed=True)
-        return _Span(-block.base, None, final=True)
-    if length == rest:
-        return _Span(asked.start, asked.end)
+        if asked.end is None or block.whole:
+            return _Span(-block.base, None, final=True)
+        return _Span(asked.start, asked.end, guessed=True)
     if length < block.base + asked.start:
         raise _damaged("less than the range that was asked for", answer.url)
     return _Span(-block.base, length - block.base, final=True)
-
-
-class _ObjectChanged(RetryableError):
-    """What is behind a URL is not what earlier blocks were taken from."""
 
 
 class _Again(Exception):
@@ -1302,6 +1417,9 @@ class _Part:
         self.rewindable = rewindable and start == 0
         self._delivered = hashlib.sha256()
         self._repeated = hashlib.sha256()
+        # What was delivered must be compared with an answer from the block's start
+        # before anything can be added to it.
+        self.unproved = False
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
@@ -1312,28 +1430,57 @@ class _Part:
     def complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known."""
         limit = self.limit()
-        return limit is not None and self.position >= limit
+        beyond = limit is not None and self.position == self.start > limit
+        return self.position == limit or beyond
 
-    def begin(self, span: _Span, answer: _Answer) -> None:
+    def begin(self, asked: _Asked, span: _Span, answer: _Answer) -> None:
         """Get ready for an answer: is it the same object, does it repeat bytes?"""
-        block, etag = self.block, answer.headers.get("ETag")
-        alone = self.start == 0 and self.end in (None, block.size)
-        if etag is not None and not block.stored.agree(etag, block.index, alone):
-            self._other_object(span, answer)
+        block = self.block
+        if self._is_other(span, answer) or (block.guessed and not span.guessed):
+            block.announced, block.short = 0, None
+            self._begin_anew(span, answer)
+        if not span.guessed:
+            block.announced = max(block.announced, span.end or 0)
         if block.range is None and span.start == 0:
+            if (
+                span.end is not None
+                and span.end < self.position
+                and not self.rewindable
+            ):
+                raise self._differs()
             block.size = span.end
         if span.start < self.position:
-            if self.rewindable:
-                self.position = self.start
             self._repeated = hashlib.sha256()
-
-    def _other_object(self, span: _Span, answer: _Answer) -> None:
-        """The part must begin anew; an answer that does not is of no use."""
-        if self.position > self.start and span.start > self.start:
             if self.rewindable:
                 self.position = self.start
             else:
-                self.block.pinned = True
+                self.unproved = True
+        block.guessed = span.guessed and block.base + span.start > 0
+
+    def _is_other(self, span: _Span, answer: _Answer) -> bool:
+        """Whether the answer shows that the object is not the one it was."""
+        block, headers = self.block, answer.headers
+        made = answer.status == 200 and block.range and span.start != -block.base
+        # A slice that is sent as a file of its own has a validator of its own.
+        validator = (
+            None if made else headers.get("etag") or headers.get("last-modified")
+        )
+        shrunk = span.final and span.end is not None and span.end < block.announced
+        alone = self.start == 0 and self.end in (None, block.size)
+        if validator is None:
+            return shrunk
+        return not block.stored.agree(validator, block.index, alone) or shrunk
+
+    def _begin_anew(self, span: _Span, answer: _Answer) -> None:
+        """What was delivered is void, or in doubt where it cannot be taken back."""
+        if self.position == self.start:
+            return
+        if self.rewindable:
+            self.position = self.start
+        else:
+            self.unproved = True
+        if span.start > self.start:
+            self.block.guessed = False
             text = "%s has changed during the transfer"
             raise RetryableIOError(text % _shown(answer.url))
 
@@ -1344,15 +1491,17 @@ class _Part:
             self._repeated.update(data[min(max(0, self.start - offset), new) : new])
             if offset + new == self.position and not self.rewindable:
                 if self._repeated.digest() != self._delivered.digest():
-                    raise ProtocolError(
-                        "%s: the data differs from what was already delivered"
-                        % _shown(self.block.url)
-                    )
+                    raise self._differs()
+                self.unproved = False
             data = data[new:]
         self.position += len(data)
         if not self.rewindable:
             self._delivered.update(data)
         return data
+
+    def _differs(self) -> ProtocolError:
+        text = "%s: the data differs from what was already delivered"
+        return ProtocolError(text % _shown(self.block.url))
 
 
 def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
@@ -1364,40 +1513,47 @@ def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
         yield part.position, part.block.data[part.position :]
         return
     retry = session.new_retry()
+    delivered = part.position
     while not part.complete():
         try:
             for offset, data in _attempt(session, part):
-                stop = offset + len(data)
-                retry.progress(max(0, stop - part.reached))
-                part.reached = max(stop, part.reached)
+                delivered = offset + len(data)
+                retry.progress(max(0, delivered - part.reached))
+                part.reached = max(delivered, part.reached)
                 yield offset, data
             return
-        except _Again as reason:
-            _log.info("%s", reason)
         except _ObjectChanged:
             raise
+        except _Again as reason:
+            _log.info("%s", reason)
         except HtsgetException as error:
             session.pause(retry, error, part.block.url)
+        if part.position < delivered:
+            delivered = part.position
+            yield delivered, b""
 
 
 def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
     """Ask once for what is missing of a part and deliver what comes."""
     asked, answer = _open_part(session, part)
-    if answer.status == 416:
-        answer.close()
-        return
-    try:
+    with contextlib.closing(answer):
+        if answer.status == 416:
+            return
+        before = part.position
         span = _locate(part.block, asked, answer)
-        part.begin(span, answer)
-        if answer.status == 206 and span.end is not None:
-            session.ranged.add(_origin(part.block.url))
-        offset = span.start
+        part.begin(asked, span, answer)
+        if part.position < before:
+            yield part.position, b""
+        if answer.status == 206 and not span.guessed:
+            session.ranged.add(part.block.origin)
+        begun, offset = part.position, span.start
         for data in answer.chunks():
-            # It changes when the rest of the block is given to other connections.
+            if span.end is not None and offset + len(data) > span.end:
+                _check_surplus(session, part, asked, span)
+            # The limit changes when the rest of the block is left to others.
             limit = part.limit()
             surplus = limit is not None and offset + len(data) > limit
             if surplus:
-                _check_surplus(part, asked, span)
                 data = data[: max(0, (limit or 0) - offset)]
             new = part.accept(offset, data)
             offset += len(data)
@@ -1406,51 +1562,60 @@ def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
             if surplus:
                 break
         else:
-            _check_end(part, answer, span, offset)
-    finally:
-        answer.close()
+            _check_end(part, answer, span, offset, part.position > begun)
+        part.block.guessed = False
 
 
 def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
     """An answer with data, or a 416 that says that the file has no more of it."""
     block = part.block
+    own = part.unproved
     while True:
         renewals = session.renewals
-        asked = _ask(block, part.position, part.limit())
-        answer = session.request(block.url, asked.headers)
+        asked = _ask(block, part.position, part.limit(), own)
+        answer = session.request(block, asked.headers)
         if answer.status in (200, 206):
             block.refused = False
+            block.pinned = block.pinned or (own and not part.unproved)
+            block.whole = block.whole or block.origin in session.rangeless
             return asked, answer
         if asked.changed and answer.status == 416 and _is_at_end(part, answer):
             return asked, answer
         error = _refusal(answer)
         if asked.changed and answer.status in _RANGE_REFUSED_STATUS:
-            block.pinned = True
-            session.ranged.discard(_origin(block.url))
-        elif answer.status not in _EXPIRED_STATUS or not session.renew(block, renewals):
+            own = True
+        elif answer.status in _EXPIRED_STATUS and session.renew(block, renewals):
+            own = part.unproved
+        else:
             raise error
 
 
 def _is_at_end(part: _Part, answer: _Answer) -> bool:
     """Whether a 416 says that the file ends where the part should go on."""
-    text = answer.headers.get("Content-Range", "")
-    total = re.match(r"bytes \*/(\d{1,18})\Z", text, re.A)
-    if total is None:
+    block, text = part.block, answer.headers.get("content-range", "")
+    total = re.match(r"bytes \*/(\d{1,18})\Z", text.strip(), re.A)
+    size = int(total.group(1)) - block.base if total else block.short
+    # A file that is shorter than it was, or than what was delivered, is another one.
+    if size is None or size < block.announced:
         return False
-    size = int(total.group(1)) - part.block.base
-    # A file that is shorter than what was delivered is not the same file.
     if size == part.position or (size < part.position == part.start):
-        part.block.size = max(0, size)
+        block.size = max(0, size)
         return True
     return False
 
 
-def _check_surplus(part: _Part, asked: _Asked, span: _Span) -> None:
-    """More data than asked for: fine in a whole file that is cut, but where the body
-    was only taken for the slice, it is not the slice."""
+def _check_surplus(
+    session: "_Session", part: _Part, asked: _Asked, span: _Span
+) -> None:
+    """More data came than the answer should have: what was taken for the slice is the
+    whole file, which is as good if it begins where the slice does."""
     block = part.block
-    if not span.guessed or block.base + span.start == 0:
+    if not span.guessed:
+        raise _damaged("more data than it announces", block.url)
+    session.rangeless.add(block.origin)
+    if block.base + span.start == 0:
         return
+    block.guessed = False
     if not part.rewindable:
         raise ProtocolError("%s ignores the Range header" % _shown(block.url))
     part.position = part.start
@@ -1461,27 +1626,36 @@ def _check_surplus(part: _Part, asked: _Asked, span: _Span) -> None:
     raise _Again("%s ignores the Range header" % _shown(block.url))
 
 
-def _check_end(part: _Part, answer: _Answer, span: _Span, offset: int) -> None:
+def _check_end(
+    part: _Part, answer: _Answer, span: _Span, offset: int, progress: bool
+) -> None:
     """The body ended at `offset`: is that the end of the part?"""
     block, limit = part.block, part.limit()
-    whole = span.guessed and answer.framed and block.base + span.start == 0
-    if limit is not None and offset >= limit:
+    entire = span.end is None or offset == span.end
+    if offset >= part.position and entire and offset == limit:
         return
-    if span.end == offset and not span.final and offset == part.position:
-        raise _Again("%s gives data in pieces" % _shown(block.url))
-    if offset < part.position or not (span.final or whole):
+    if span.guessed and answer.framed and block.base + span.start == 0:
+        # Slice or whole file, it is the same, and it ends here.
+        entire, span = True, span._replace(final=True)
+    if offset < part.position or not entire:
         raise ContentLengthMismatch(
             "%s: the answer ended early, at byte %d of data block %d"
             % (_shown(block.url), offset, block.index + 1)
         )
-    block.size = offset
-    if not answer.framed:
-        _log.warning(
-            "%s does not say how long data block %d is: taking what came, %d bytes",
-            _shown(block.url),
-            block.index + 1,
-            offset,
-        )
+    if span.final:
+        block.size = offset
+        if not answer.framed:
+            _log.warning(
+                "%s does not say how long data block %d is: taking what came, %d bytes",
+                _shown(block.url),
+                block.index + 1,
+                offset,
+            )
+    elif progress and not block.pinned:
+        block.short = offset
+        raise _Again("%s gives data in pieces" % _shown(block.url))
+    else:
+        raise ContentLengthMismatch("%s gives less than asked" % _shown(block.url))
 
 
 # ---- several parts, delivered in order
@@ -1495,16 +1669,18 @@ class _Session:
     ) -> None:
         self._source = source
         self._options = options
-        self._entries: List[DataBlock] = []
+        self._ticket = Ticket(None, [])
+        self._shared: List[_Stored] = []
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         # When an origin may be asked again (time.monotonic).
         self._busy_until: Dict[Any, float] = {}
         self.blocks: List[_Block] = []
         self.connections = options.connections
-        # How often the ticket was renewed; the origins that know ranges.
+        # How often the ticket was renewed; the origins that know ranges, or do not.
         self.renewals = 0
         self.ranged: Set[Any] = set()
+        self.rangeless: Set[Any] = set()
         self.transport = _Transport(options.timeout, options.ssl_context)
 
     def __enter__(self) -> "_Session":
@@ -1534,12 +1710,12 @@ class _Session:
         _log.warning("%s; trying again in %.1f s", error, seconds)
         self._wait(seconds)
 
-    def request(self, url: str, headers: Dict[str, str]) -> _Answer:
+    def request(self, block: _Block, headers: Dict[str, str]) -> _Answer:
         """The answer to a request for a block, once its server may be asked."""
         while True:
-            seconds = self._busy_until.get(_origin(url), 0) - time.monotonic()
+            seconds = self._busy_until.get(block.origin, 0) - time.monotonic()
             if seconds <= 0:
-                return self.transport.request(url, headers)
+                return self.transport.request(block.url, headers)
             # Not all at the same moment.
             self._wait(seconds + random.uniform(0, 0.1))
 
@@ -1558,7 +1734,7 @@ class _Session:
         retry = self.new_retry()
         while True:
             try:
-                return _parse_ticket(self._fetch_ticket(self._source))
+                return self._fetch_ticket(self._source)
             except HtsgetException as error:
                 self.pause(retry, error, self._source.url)
 
@@ -1566,21 +1742,39 @@ class _Session:
         """Get the ticket and make its blocks ready; those of one URL share an ETag."""
         ticket = self.ticket()
         stored: Dict[Any, _Stored] = {}
-        self._entries, self.blocks = ticket.blocks, []
+        self._shared = []
+        self._ticket, self.blocks = ticket, []
         for index, entry in enumerate(ticket.blocks):
             others = frozenset(
                 item for item in entry.headers.items() if item[0].lower() != "range"
             )
-            shared = stored.setdefault((entry.url, others), _Stored())
-            self.blocks.append(_Block(index, entry, shared))
+            one = stored.setdefault((entry.url, others), _Stored(index))
+            self.blocks.append(_Block(index, entry, one))
+            if one.first != index and one not in self._shared[-1:]:
+                self._shared.append(one)
         return ticket
+
+    def validators(self, index: int) -> Dict[str, str]:
+        """The validators that a later run has to know: those of what several blocks
+        share, and of what the block `index` is fetched from."""
+        current = [block.stored for block in self.blocks[index : index + 1]]
+        return {
+            str(stored.first): stored.validator
+            for stored in self._shared + current
+            if stored.validator is not None
+        }
 
     def total(self) -> Optional[int]:
         """Bytes in all blocks; None while one of them is not known."""
         sizes = [block.size for block in self.blocks]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def identity(self, ticket: Ticket) -> Dict[str, Any]:
+    @staticmethod
+    def _outline(ticket: Ticket) -> Tuple[Any, ...]:
+        """What stays the same of a ticket when it is asked for again."""
+        return ticket.format, ticket.md5, list(map(_shape, ticket.blocks))
+
+    def identity(self) -> Dict[str, Any]:
         """What tells this transfer from others, without secrets: digests of the
         request and of what stays the same when the ticket is asked for again."""
         request: Any = None
@@ -1588,13 +1782,10 @@ class _Session:
             request = self._source.url, (self._source.body or b"").decode("ascii")
         lasting = [
             (_shape(entry), entry.url.partition("?")[0], sorted(entry.headers))
-            for entry in ticket.blocks
+            for entry in self._ticket.blocks
         ]
-        digests = (
-            hashlib.sha256(json.dumps(value).encode("ascii")).hexdigest()
-            for value in (request, (ticket.format, ticket.md5, lasting))
-        )
-        return dict(zip(("request", "ticket"), digests))
+        whole = self._ticket.format, self._ticket.md5, lasting
+        return {"request": _digest(request), "ticket": _digest(whole)}
 
     def renew(self, block: _Block, renewals: int) -> bool:
         """Ask for the ticket again because a block's URL was refused, as it may have
@@ -1605,30 +1796,34 @@ class _Session:
                 return True
             if isinstance(self._source, Ticket) or block.refused:
                 return False
-            block.refused = True
             _log.warning(
                 "%s was refused and may have expired; asking for the ticket again",
                 _shown(block.url),
             )
-            entries = self.ticket().blocks
-            if list(map(_shape, entries)) != list(map(_shape, self._entries)):
-                error = RetryableError(
-                    "the ticket, asked for again, has other data blocks"
-                )
+            ticket = self.ticket()
+            if self._outline(ticket) != self._outline(self._ticket):
+                text = "the ticket, asked for again, has other data blocks"
+                error = RetryableError(text)
                 error._transient = False
                 raise error
-            for known, entry in zip(self.blocks, entries):
+            block.refused = True
+            for known, entry in zip(self.blocks, ticket.blocks):
                 known.use(entry)
             self.renewals += 1
             return True
 
-    def _fetch_ticket(self, request: _TicketRequest) -> bytes:
+    def _fetch_ticket(self, request: _TicketRequest) -> Ticket:
         answer = self.transport.request(
             request.url, request.headers(), request.body, private=True
         )
         if answer.status != 200:
             raise _refusal(answer)
-        return _read_json(answer)
+        try:
+            return _parse_ticket(_read_json(answer))
+        except ProtocolError as error:
+            # Without a length it may just have been cut off.
+            error._transient = not answer.framed
+            raise
 
 
 def _read_json(answer: _Answer) -> bytes:
@@ -1729,7 +1924,8 @@ class _Window:
                     self._look()
                 with self._changed:
                     self._slots.popleft()
-                    self._changed.notify_all()
+                    if self._wanted > 1:
+                        self._changed.notify_all()
         except _Stopped:
             raise self._failure or _Stopped from None
         finally:
@@ -1812,7 +2008,7 @@ class _Window:
             and block.size - start > self._piece
             and not block.pinned
             and not block.whole
-            and _origin(block.url) in self._session.ranged
+            and block.origin in self._session.ranged
         )
 
     def _cut_own(self) -> None:
@@ -1913,13 +2109,14 @@ class _Window:
 
 class _Place(NamedTuple):
     """How far the output is: `position` bytes in all; the block that comes next, or
-    is being written, where it begins, and what is known of it."""
+    is being written, where it begins, its size if known; and the validators of what
+    was fetched from, by the first block of each."""
 
     block: int = 0
     begin: int = 0
     position: int = 0
     size: Optional[int] = None
-    etag: Optional[str] = None
+    validators: Mapping[str, str] = {}
 
 
 class _Output:
@@ -1930,16 +2127,27 @@ class _Output:
         # Where the data begins, if the stream can be taken back there.
         self._start: Optional[int] = None
         try:
-            seekable = getattr(stream, "seekable", None)
-            if hasattr(stream, "truncate") and (seekable is None or seekable()):
+            if self._can_be_cut():
                 self._start = stream.tell()
-                if fcntl is not None:
-                    flags = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL)
-                    if flags & os.O_APPEND:
-                        # As after ">>" in a shell, where the position begins at 0.
-                        self._start = stream.seek(0, os.SEEK_END)
-        except (AttributeError, OSError, ValueError):
+                flags = _file_flags(stream)
+                if flags & getattr(os, "O_APPEND", 0):
+                    # As after ">>" in a shell, where the position begins at 0.
+                    self._start = stream.seek(0, os.SEEK_END)
+        except (AttributeError, OSError, TypeError, ValueError):
             pass
+
+    def _can_be_cut(self) -> bool:
+        """Whether the stream is seekable and has a `truncate` of its own."""
+        stream = self._stream
+        if hasattr(stream, "seekable") and not stream.seekable():
+            return False
+        try:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return False
+        except (AttributeError, OSError):
+            pass  # such as io.BytesIO
+        truncate = getattr(type(stream), "truncate", stream.truncate)
+        return truncate is not io.IOBase.truncate
 
     @property
     def rewindable(self) -> bool:
@@ -1950,10 +2158,10 @@ class _Output:
         """Write all of `data`; a raw stream may take it in several bites."""
         while data:
             count = self._stream.write(data)
-            if count is None and isinstance(self._stream, io.RawIOBase):
-                raise BlockingIOError("the output is non-blocking and full")
-            if not isinstance(count, int) or count >= len(data):
+            if not isinstance(self._stream, io.RawIOBase):
                 return
+            if not count:
+                raise BlockingIOError(errno.EAGAIN, "the output takes no more data")
             data = data[count:]
 
     def rewind(self, position: int) -> None:
@@ -1961,7 +2169,7 @@ class _Output:
         self._stream.seek((self._start or 0) + position)
         self._stream.truncate()
 
-    def resume(self, identity: Dict[str, Any]) -> Optional[_Place]:
+    def resume(self, identify: Callable[[], Dict[str, Any]]) -> Optional[_Place]:
         """Where an earlier run got to; only a path can know."""
         return None
 
@@ -1969,26 +2177,34 @@ class _Output:
         """What an earlier run left."""
         return iter(())
 
-    def clear(self) -> None:
-        """Begin anew."""
-        if self.rewindable:
+    def clear(self, written: bool) -> None:
+        """Begin anew; `written`: not for the first time."""
+        if written:
             self.rewind(0)
 
-    def note(self, place: _Place, final: bool = False) -> None:
+    def note(self, place: _Place) -> None:
         """Remember how far the output is."""
 
     def kept_in(self) -> str:
         """Where the data is when it turned out to be wrong."""
         return "the output"
 
-    def commit(self) -> None:
-        """The data is complete."""
+    def commit(self, size: int) -> None:
+        """The data is complete, `size` bytes."""
         flush = getattr(self._stream, "flush", None)
         if flush is not None:
             flush()
 
     def close(self) -> None:
         """Let go of the stream; it stays open, it is the caller's."""
+
+
+def _file_flags(stream: BinaryIO) -> int:
+    """The flags that a stream's file was opened with, as far as they can be had."""
+    try:
+        return fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) if fcntl else 0
+    except (AttributeError, OSError):
+        return 0
 
 
 class _PathOutput(_Output):
@@ -2005,28 +2221,35 @@ class _PathOutput(_Output):
         super().__init__(_open_locked(self._part))
         self._start = 0
         self._journal: Any = None
-        self._noted = 0
+        self._width = 0
         self._identity: Dict[str, Any] = {}
 
-    def resume(self, identity: Dict[str, Any]) -> Optional[_Place]:
+    def resume(self, identify: Callable[[], Dict[str, Any]]) -> Optional[_Place]:
         """Where an earlier run of the same transfer got to, if it left something."""
-        self._identity = identity
+        self._identity = identity = identify()
         size = self._stream.seek(0, os.SEEK_END)
         try:
             with io.open(self._journal_path, "rb") as file:
-                entry = json.loads(file.read().decode("utf-8"))
-            known = {name: entry.pop(name) for name in identity}
-            place = _Place(**entry)
-            if known != identity:
-                raise ValueError("it is of another request or ticket")
-            if not all(isinstance(number, int) for number in place[:3]):
+                entry = json.loads(file.read().decode("ascii"))
+            if entry.pop("check") != _digest(entry):
                 raise ValueError("its journal is damaged")
-            if not 0 <= place.begin <= place.position <= size:
+            if {name: entry.pop(name) for name in identity} != identity:
+                raise ValueError("it is of another request or ticket")
+            place = _Place(**entry)
+            if size < place.begin:
                 raise ValueError("it is shorter than it should be")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except FileNotFoundError:
             if size:
-                _log.warning("cannot go on with %s: %s", self._part, error)
+                _log.warning("cannot go on with %s: it has no journal", self._part)
             return None
+        except Exception as error:
+            # Whatever is wrong with the journal, it is not to be relied on.
+            _log.warning("cannot go on with %s: %s", self._part, error)
+            return None
+        if size < place.position:
+            # Killed after the block began anew.
+            _log.warning("cannot go on with %s inside a block", self._part)
+            place = place._replace(position=place.begin)
         self.rewind(place.position)
         _log.info("going on with %s at byte %d", self._part, place.position)
         return place
@@ -2036,32 +2259,35 @@ class _PathOutput(_Output):
         self._stream.seek(start)
         while start < stop:
             data = self._stream.read(min(_CHUNK, stop - start))
+            if not data:
+                raise OSError(errno.EIO, "became shorter", self._part)
             start += len(data)
             yield data
 
-    def clear(self) -> None:
+    def clear(self, written: bool) -> None:
         """Begin anew."""
-        self.note(_Place(), final=True)
+        self.note(_Place())
         self.rewind(0)
 
-    def note(self, place: _Place, final: bool = False) -> None:
-        """Make an entry in the journal if there is much to note, or at the end."""
-        if not final and 0 <= place.position - self._noted < _JOURNAL_STEP:
-            return
-        self._noted = place.position
+    def note(self, place: _Place) -> None:
+        """Make an entry in the journal, over the one before."""
         if self._journal is None:
-            # Neither truncated here nor ever removed before it is superseded: a kill
-            # at any moment leaves the old entry or the new one.
-            mode = "r+b" if os.path.exists(self._journal_path) else "w+b"
+            exists = os.path.exists(self._journal_path)
+            mode = "r+b" if exists else "w+b"
             self._journal = io.open(self._journal_path, mode, buffering=0)
+            self._width = self._journal.seek(0, os.SEEK_END)
         entry = dict(self._identity, **place._asdict())
+        text = json.dumps(dict(entry, check=_digest(entry)))
+        # Blanks cover what was longer; a kill leaves this entry or the one before.
+        self._width = max(self._width, len(text))
         self._journal.seek(0)
-        self._journal.write(json.dumps(entry).encode("ascii"))
-        self._journal.truncate()
+        self._journal.write(text.ljust(self._width).encode("ascii"))
 
-    def commit(self) -> None:
+    def commit(self, size: int) -> None:
         """Move the file in place."""
         os.fsync(self._stream.fileno())
+        if os.fstat(self._stream.fileno()).st_size != size:
+            raise OSError(errno.EBUSY, "another process has written to it", self._part)
         if os.name == "nt":
             # An open file cannot be moved there.
             self._stream.close()
@@ -2094,6 +2320,12 @@ class _PathOutput(_Output):
         return self._part
 
 
+def _digest(value: Any) -> str:
+    """A digest of something that JSON can hold."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def _open_locked(path: str) -> BinaryIO:
     """Open a file for appending, for this process alone where there are locks."""
     while True:
@@ -2123,6 +2355,8 @@ class _DeviceOutput(_Output):
 
     def __init__(self, path: str) -> None:
         super().__init__(io.open(path, "wb", buffering=0))
+        if self._stream.seekable():
+            self._start = self._stream.tell()
 
     def rewind(self, position: int) -> None:
         """Go back; a device has no length that could be cut."""
@@ -2133,19 +2367,33 @@ class _DeviceOutput(_Output):
         self._stream.close()
 
 
+class _DescriptorOutput(_Output):
+    """One of the process's own file descriptors, such as /dev/stdout."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(io.open(os.dup(descriptor), "wb", buffering=0))
+
+    def close(self) -> None:
+        """Close the duplicate."""
+        self._stream.close()
+
+
 def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
     """The output behind a file object or a path."""
-    if hasattr(output, "write"):
-        return _Output(output)  # type: ignore
+    if not isinstance(output, (str, os.PathLike)):
+        return _Output(output)
     path = os.fspath(output)
+    own = re.match(
+        r"/(dev|proc/self)/(fd/(\d+)|stdout|stderr)\Z", os.path.abspath(path)
+    )
+    if own:
+        number = own.group(3) or {"stdout": "1", "stderr": "2"}[own.group(2)]
+        return _DescriptorOutput(int(number))
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
         regular = True
-    # /dev/stdout may well be a regular file, but it is not ours to replace.
-    if not regular or os.path.abspath(path).startswith(("/dev/", "/proc/")):
-        return _DeviceOutput(path)
-    return _PathOutput(os.path.realpath(path))
+    return _PathOutput(os.path.realpath(path)) if regular else _DeviceOutput(path)
 
 
 # ---- verifier
@@ -2301,6 +2549,8 @@ class _Verifier:
 
     def copy(self) -> "_Verifier":
         """The verifier as it is now, to be taken up again later."""
+        if (self._md5, self._check, self._head) == (None, None, None):
+            return self
         other = copy.copy(self)
         other._md5 = self._md5.copy() if self._md5 else None
         other._check = copy.copy(self._check)
@@ -2444,8 +2694,8 @@ def get(
     source = _source(url, options)
     target = _open_output(output)
     try:
-        _save(source, target, options)
-        target.commit()
+        size = _save(source, target, options)
+        target.commit(size)
     finally:
         target.close()
 
@@ -2476,44 +2726,46 @@ def _source(
 
 def _save(
     source: Union[_TicketRequest, Ticket], output: _Output, options: _Options
-) -> None:
-    """Fetch everything and write it; start over when the object has changed."""
+) -> int:
+    """Fetch everything and write it; start over when the object has changed.
+
+    Returns the size in bytes.
+    """
     retry = _Retry(options.max_retries, options.retry_wait)
-    resume = options.resume
+    first = True
     while True:
         try:
             with _Session(source, options) as session:
-                _save_once(session, output, options, resume)
-            return
+                return _save_once(session, output, options, first)
         except _ObjectChanged as error:
             if not output.rewindable:
                 raise
             seconds = retry.pause(error)
             _log.warning("%s; starting over in %.1f s", error, seconds)
             time.sleep(seconds)
-            resume = False
+            first = False
         except IntegrityError as error:
             text = "%s; the data is kept in %s" % (error, output.kept_in())
             raise IntegrityError(text) from None
 
 
 def _save_once(
-    session: _Session, output: _Output, options: _Options, resume: bool
-) -> None:
+    session: _Session, output: _Output, options: _Options, first: bool
+) -> int:
     """Fetch what is missing and write it."""
     ticket = session.begin()
     writer = _Writer(session, ticket, output, options)
+    writer.begin(first)
     try:
-        writer.begin(resume)
-        place = writer.place
-        offset = place.position - place.begin
-        chunks = _Window(session, output.rewindable).chunks(place.block, offset)
+        offset = writer.position - writer.start
+        chunks = _Window(session, output.rewindable).chunks(writer.block, offset)
         with contextlib.closing(chunks):
             for chunk in chunks:
                 writer.take(chunk)
         writer.finish()
     finally:
-        writer.note()
+        writer.note_at_last()
+    return writer.position
 
 
 class _Writer:
@@ -2522,7 +2774,9 @@ class _Writer:
     def __init__(
         self, session: _Session, ticket: Ticket, output: _Output, options: _Options
     ) -> None:
-        self.place = _Place()
+        # The block that is written, where it starts in the output, bytes in all.
+        self.block = self.start = self.position = 0
+        self._noted = 0
         self._session = session
         self._ticket = ticket
         self._output = output
@@ -2533,10 +2787,10 @@ class _Writer:
         header_only = self._options.data_class == "header"
         return _Verifier(self._ticket, header_only, self._options.verify)
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, first: bool) -> None:
         """Go on where an earlier run stopped, if that is beyond doubt."""
-        place = self._output.resume(self._session.identity(self._ticket))
-        if place is not None and resume:
+        place = self._output.resume(self._session.identity)
+        if place is not None and first and self._options.resume:
             try:
                 self._go_on(place)
                 return
@@ -2544,7 +2798,7 @@ class _Writer:
                 _log.warning("starting over: what was kept is wrong: %s", error)
                 self._verifier = self._new_verifier()
         self._marked = self._verifier.copy()
-        self._output.clear()
+        self._output.clear(written=not first)
 
     def _go_on(self, place: _Place) -> None:
         """Verify what was kept, and take up the state of the block that comes next."""
@@ -2555,43 +2809,58 @@ class _Writer:
         if self._options.verify:
             for data in self._output.kept(place.begin, place.position):
                 self._verifier.feed(data)
-        if place.block == len(self._session.blocks):
+        blocks = self._session.blocks
+        if place.block == len(blocks):
             self._verifier.copy().finish()
-        else:
-            block = self._session.blocks[place.block]
-            block.size = place.size if block.size is None else block.size
-            block.stored.recall(place.etag)
-        self.place = place
+        elif blocks[place.block].size is None:
+            blocks[place.block].size = place.size
+        for first, validator in place.validators.items():
+            blocks[int(first)].stored.recall(validator)
+        self.block, self.start, self.position = place[:3]
 
     def take(self, chunk: _Chunk) -> None:
         """Write a chunk; one that goes back in its block makes the block begin anew."""
-        block, begin, position = self.place[:3]
-        if chunk.block != block:
-            block, begin = chunk.block, position
+        if chunk.block != self.block:
+            self.block, self.start = chunk.block, self.position
             self._marked = self._verifier.copy()
-        elif begin + chunk.offset < position:
-            position = begin
-            self._output.rewind(begin)
+        elif self.start + chunk.offset < self.position:
+            self.position = self.start
+            self._note()
+            self._output.rewind(self.start)
             self._verifier = self._marked.copy()
         self._output.write(chunk.data)
         self._verifier.feed(chunk.data)
-        position += len(chunk.data)
-        state = self._session.blocks[block]
-        self.place = _Place(block, begin, position, state.size, state.stored.etag)
-        self._output.note(self.place)
+        self.position += len(chunk.data)
+        if self.position - self._noted >= _JOURNAL_STEP:
+            self._note()
         if self._options.progress is not None:
-            self._options.progress(position, self._session.total())
+            self._options.progress(self.position, self._session.total())
 
     def finish(self) -> None:
         """All is written: is it what it should be?"""
-        position = self.place.position
-        self.place = _Place(len(self._session.blocks), position, position)
+        self.block, self.start = len(self._session.blocks), self.position
         self._verifier.finish()
 
-    def note(self) -> None:
-        """Have the journal say all there is to say."""
+    def _note(self) -> None:
+        """Have the journal say what a later run can rely on."""
+        self._noted = self.position
+        blocks, position, size = self._session.blocks, self.position, None
+        if self.block < len(blocks):
+            size = blocks[self.block].size
+            position = position if blocks[self.block].lasting() else self.start
+        place = _Place(
+            self.block,
+            self.start,
+            position,
+            size,
+            self._session.validators(self.block),
+        )
+        self._output.note(place)
+
+    def note_at_last(self) -> None:
+        """The same when all is over, whatever the reason."""
         try:
-            self._output.note(self.place, final=True)
+            self._note()
         except OSError as error:
             _log.warning("cannot write the journal: %s", error)
 

@@ -1560,7 +1560,8 @@ def test_a_big_block_is_cut_where_waiting_pays(server, output):
     htsget.get(ticket, output, **QUICK)
     written = output.data if isinstance(output, Unseekable) else output.getvalue()
     assert written == data[5:-5]
-    assert server.most_active == 4
+    # The server notices a little later that the first connection was given up.
+    assert server.most_active in (4, 5)
     asked = server.asked("/b")
     assert asked[0].headers["Range"] == "bytes=5-%d" % (len(data) - 6)
     assert all(r.headers["If-Range"] == '"x"' for r in asked[1:])
