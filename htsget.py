@@ -52,6 +52,7 @@ import operator
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -76,7 +77,9 @@ from typing import (
     NamedTuple,
     Optional,
     Set,
+    TextIO,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -102,6 +105,9 @@ __all__ = [
     "get",
     "get_ticket",
     "main",
+    "open",
+    "parse_region",
+    "service_info",
 ]
 
 _log = logging.getLogger("htsget")
@@ -152,6 +158,12 @@ _IDLE = 0.25
 # server handles one at a time.
 _STARVED = 0.5
 
+# Seconds between two lines of the progress meter on a terminal, and elsewhere; and the
+# time over which the rate is taken.
+_METER_TERMINAL = 0.2
+_METER_LOG = 30.0
+_METER_SPAN = 5.0
+
 # Bytes after which the journal gets an entry: what a kill may cost.
 _JOURNAL_STEP = 1 << 20
 
@@ -175,6 +187,9 @@ _RANGE_REFUSED_STATUS = {400, 403, 416}
 
 # The SAM fields of the spec's `fields` parameter.
 _FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
+
+# The environment variable with which htslib's users allow tokens over plain http.
+_ALLOW_PLAIN = ("HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER", "I understand the risks")
 
 # Headers that say how a message is framed are this client's own business.
 _OWN_HEADERS = {
@@ -293,37 +308,86 @@ class _TicketRequest:
         """Check the options and raise RequestError before anything is sent."""
         self.url, login = _without_userinfo(_checked_url(url))
         self.body: Optional[bytes] = None
-        self._headers = dict(options.headers or {}, **login)
+        self._headers = login
         self._token = options.bearer_token
-        for name, value in self._headers.items():
+        for name, value in (options.headers or {}).items():
             _require_header(name, value)
-            if name.title() == "Authorization" and self._token is not None:
-                _log.warning("the bearer token replaces the Authorization header")
+            self._headers[name.title()] = value
+        if self._token is not None and "Authorization" in self._headers:
+            _log.warning("the bearer token replaces the Authorization header")
         if not callable(self._token):
             self.headers()
         parameters = _parameters(options)
         if options.regions is None:
             self.url = _with_query(self.url, parameters)
         else:
-            if any(
-                value is not None
-                for value in (options.reference_name, options.start, options.end)
-            ):
+            single = (options.reference_name, options.start, options.end)
+            if single != (None, None, None):
                 raise RequestError("regions go without reference_name, start and end")
             parameters["regions"] = _regions(options.regions)
             self.body = json.dumps(parameters).encode("ascii")
 
+    def shown(self) -> str:
+        """The URL as it may be printed."""
+        return _shown(self.url)
+
     def headers(self) -> Dict[str, str]:
-        """The request's headers; a token that comes from a function is fresh."""
+        """The request's headers; a token that comes from a function is fresh.
+
+        A login from .netrc is used when there is no other.
+        """
         headers = {"Accept": _MEDIA_TYPE}
         if self.body is not None:
             headers["Content-Type"] = "application/json"
-        headers.update((name.title(), value) for name, value in self._headers.items())
+        headers.update(self._headers)
         token = self._token() if callable(self._token) else self._token
         if token is not None:
             _require_header("Authorization", token)
             headers["Authorization"] = "Bearer " + token
+        private = _is_private(self.url)
+        if headers.get("Authorization", "").startswith("Bearer ") and not private:
+            raise RequestError(
+                "not sending a token to %s over plain http; use https, or set %s='%s'"
+                % ((self.shown(),) + _ALLOW_PLAIN)
+            )
+        if "Authorization" not in headers and private:
+            headers.update(_netrc_login(self.url))
         return headers
+
+
+def _is_private(url: str) -> bool:
+    """Whether nobody on the way can read a request: https, or within this machine; or
+    the user said, in htslib's way, that it does not matter."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    loopback = re.match(r"(.+\.)?localhost\Z|127(\.\d{1,3}){3}\Z|::1\Z", host)
+    name, value = _ALLOW_PLAIN
+    return bool(parts.scheme == "https" or loopback or os.environ.get(name) == value)
+
+
+def _netrc_login(url: str) -> Dict[str, str]:
+    """The Authorization header that .netrc (or the file NETRC) has for a URL's host."""
+    import netrc
+
+    path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    if not os.path.exists(path):
+        return {}
+    try:
+        host = urllib.parse.urlsplit(url).hostname or ""
+        known = netrc.netrc(path).authenticators(host)
+    except (OSError, ValueError, netrc.NetrcParseError) as error:
+        # Before Python 3.11 one odd line is enough.
+        reason = getattr(error, "msg", None) or type(error).__name__
+        _log.warning("cannot use %s: %s", path, reason)
+        return {}
+    if known is None:
+        return {}
+    login = "%s:%s" % (known[0] or "", known[2] or "")
+    return {"Authorization": _basic(login.encode("utf-8"))}
+
+
+def _basic(login: bytes) -> str:
+    return "Basic " + base64.b64encode(login).decode("ascii")
 
 
 def _require_header(name: Any, value: Any) -> None:
@@ -369,8 +433,8 @@ def _without_userinfo(url: str) -> Tuple[str, Dict[str, str]]:
     userinfo, at, host = parts.netloc.rpartition("@")
     if not at:
         return url, {}
-    login = base64.b64encode(urllib.parse.unquote_to_bytes(userinfo)).decode("ascii")
-    return parts._replace(netloc=host).geturl(), {"Authorization": "Basic " + login}
+    login = _basic(urllib.parse.unquote_to_bytes(userinfo))
+    return parts._replace(netloc=host).geturl(), {"Authorization": login}
 
 
 def _shown(url: str) -> str:
@@ -549,9 +613,8 @@ def _parse_json(raw: bytes, what: str) -> Dict[str, Any]:
         raise ValueError("%s is not JSON" % constant)
 
     try:
-        # Integers are read as floats: int() takes forever on a million digits.
         document = json.loads(
-            raw.decode("utf-8-sig"), parse_constant=refuse, parse_int=float
+            raw.decode("utf-8-sig"), parse_constant=refuse, parse_int=_parse_int
         )
     except UnicodeDecodeError:
         raise ProtocolError("%s is not UTF-8" % what) from None
@@ -562,6 +625,11 @@ def _parse_json(raw: bytes, what: str) -> Dict[str, Any]:
     if not isinstance(document, dict):
         raise ProtocolError("%s is not a JSON object" % what)
     return document
+
+
+def _parse_int(digits: str) -> float:
+    """An integer; int() would take forever on a million digits."""
+    return int(digits) if len(digits) < 300 else float(digits)
 
 
 def _typed(container: Mapping[str, Any], key: str, kind: Any, what: str) -> Any:
@@ -629,6 +697,12 @@ def _error_text(body: Mapping[str, Any]) -> List[str]:
 
 
 # ---- transport
+
+_UNTRUSTED = (
+    "%s: the server's certificate is not trusted: %s; if it is of a private authority, "
+    "name that one's certificate with --cacert or SSL_CERT_FILE (Python 3.13 and later "
+    "are stricter than others)"
+)
 
 # What the standard library raises for broken connections and broken answers.
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
@@ -719,15 +793,14 @@ class _Answer:
     def chunks(self) -> Iterator[bytes]:
         """The body, piece by piece; ContentLengthMismatch when it ends early."""
         left = self.length
+        failure: Optional[HtsgetException] = None
         records: List[bytes] = []
         while left is None or left > 0:
             try:
                 most = _CHUNK if left is None else min(_CHUNK, left)
                 data = self._response.read1(most)
             except _LIBRARY_ERRORS as error:
-                if records:
-                    yield b"".join(records)
-                raise _network_error(error, self.url) from error
+                data, failure = b"", _network_error(error, self.url)
             if not data:
                 break
             if left is not None:
@@ -740,6 +813,8 @@ class _Answer:
             yield data
         if records:
             yield b"".join(records)
+        if failure is not None:
+            raise failure
         if left:
             raise ContentLengthMismatch(
                 "%s: the answer ended %d bytes early" % (_shown(self.url), left)
@@ -956,9 +1031,10 @@ class _Redirects(urllib.request.BaseHandler):
             raise ProtocolError(text)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if answer.status == 303 else request.data
+        url, login = _without_userinfo(url)
         target = _HttpRequest(
             url,
-            self._headers(request, url),
+            dict(self._headers(request, url), **login),
             body if isinstance(body, bytes) else None,
             request.private,
             request.redirects + 1,
@@ -1011,12 +1087,15 @@ class _Transport:
     ) -> _Answer:
         """The answer to a request, whatever its status, after redirects."""
         request = _HttpRequest(url, headers, body, private)
+        answer: Optional[_Answer] = None
         try:
-            answer: _Answer = self._opener.open(request, timeout=self._timeout)
+            answer = self._opener.open(request, timeout=self._timeout)
         except HtsgetException:
             raise
         except _LIBRARY_ERRORS as error:
-            raise _network_error(error, url) from error
+            failure = _network_error(error, url)
+        if answer is None:
+            raise failure
         if _log.isEnabledFor(logging.DEBUG):
             method, shown = request.get_method(), _shown(answer.url)
             _log.debug("%s %s: %d", method, shown, answer.status)
@@ -1031,26 +1110,25 @@ class _Transport:
         self._keep_alive.abort()
 
 
-_ssl_contexts: Dict[Optional[str], ssl.SSLContext] = {}
+@functools.lru_cache(maxsize=None)
+def _ssl_context(bundle: Optional[str]) -> ssl.SSLContext:
+    """Verifying, TLS 1.2 or later; trusting a file or folder of certificates, or what
+    the system does. Building one takes 20 ms, so once per process."""
+    context = ssl.create_default_context()
+    if bundle:
+        _load_bundle(context, bundle)
+    # Python 3.6 has no `minimum_version`; from 3.7 on these are deprecated.
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
 
 
 def _default_ssl_context() -> ssl.SSLContext:
-    """Verifying, TLS 1.2 or later. Building one takes 20 ms, so once per process.
-
-    OpenSSL itself honours SSL_CERT_FILE and SSL_CERT_DIR.
-    """
+    """What the environment asks for; OpenSSL itself honours SSL_CERT_FILE and _DIR."""
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    if bundle not in _ssl_contexts:
-        context = ssl.create_default_context()
-        if bundle:
-            _load_bundle(context, bundle)
-        # Python 3.6 has no `minimum_version`; from 3.7 on these are deprecated.
-        if hasattr(context, "minimum_version"):
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-        else:
-            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-        _ssl_contexts[bundle] = context
-    return _ssl_contexts[bundle]
+    return _ssl_context(bundle)
 
 
 def _load_bundle(context: ssl.SSLContext, bundle: str) -> None:
@@ -1073,21 +1151,28 @@ def _origin(url: str) -> Tuple[str, str, int]:
 
 
 def _network_error(error: Exception, url: str) -> HtsgetException:
-    """The exception of ours for one of the standard library's."""
+    """The exception of ours for one of the standard library's, which becomes its cause
+    unless its text may hold what must not be shown."""
     where = _shown(url)
     text = _printable(str(error) or type(error).__name__, 150)
     certificate = isinstance(error, ssl.CertificateError)
+    proxy = re.match(r"Tunnel connection failed: (4\d\d) ?(.*)", text)
+    failure: HtsgetException
     if certificate or getattr(error, "reason", "") == "CERTIFICATE_VERIFY_FAILED":
-        return ProtocolError(
-            "%s: the server's certificate is not trusted: %s" % (where, text)
-        )
-    if isinstance(error, http.client.IncompleteRead):
-        return ContentLengthMismatch("%s: the answer was cut short" % where)
-    if isinstance(error, http.client.InvalidURL):
-        return ProtocolError("%s: the URL is malformed" % where)
-    if isinstance(error, (OSError, http.client.HTTPException)):
-        return RetryableIOError("%s: %s" % (where, text))
-    return ProtocolError("%s: %s" % (where, text))
+        failure = ProtocolError(_UNTRUSTED % (where, text))
+    elif proxy:
+        message = "the proxy refuses the connection"
+        failure = ClientError(int(proxy.group(1)), proxy.group(2), message, where)
+    elif isinstance(error, http.client.IncompleteRead):
+        failure = ContentLengthMismatch("%s: the answer was cut short" % where)
+    elif isinstance(error, ValueError) or isinstance(error, http.client.InvalidURL):
+        return ProtocolError("%s: the request cannot be sent" % where)
+    elif isinstance(error, socket.timeout):
+        failure = RetryableIOError("%s: nothing came for too long" % where)
+    else:
+        failure = RetryableIOError("%s: %s" % (where, text))
+    failure.__cause__ = error
+    return failure
 
 
 def _damaged(what: str, url: str) -> ProtocolError:
@@ -1661,6 +1746,9 @@ def _check_end(
 # ---- several parts, delivered in order
 
 
+_T = TypeVar("_T")
+
+
 class _Session:
     """One transfer's dealings with its servers: the ticket, retries, connections."""
 
@@ -1731,12 +1819,38 @@ class _Session:
         """The ticket, asked for anew unless it was given."""
         if isinstance(self._source, Ticket):
             return self._source
+        return self._retried(self._source, _parse_ticket)
+
+    def document(self) -> Dict[str, Any]:
+        """The answer to the request, whatever JSON object it is."""
+        assert isinstance(self._source, _TicketRequest)
+        return self._retried(self._source, lambda raw: _parse_json(raw, "the answer"))
+
+    def _retried(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
+        """Ask the ticket server, as often as the policy says."""
         retry = self.new_retry()
         while True:
             try:
-                return self._fetch_ticket(self._source)
+                return self._ask(request, parse)
             except HtsgetException as error:
-                self.pause(retry, error, self._source.url)
+                self.pause(retry, error, request.url)
+
+    def _ask(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
+        answer = self.transport.request(
+            request.url, request.headers(), request.body, private=True
+        )
+        if answer.status != 200:
+            error = _refusal(answer)
+            if request.body and answer.status in (404, 405, 501):
+                text = "the server seems not to take several regions at once"
+                error = ClientError(answer.status, answer.reason, text, request.shown())
+            raise error
+        try:
+            return parse(_read_json(answer))
+        except ProtocolError as broken:
+            # Without a length it may just have been cut off.
+            broken._transient = not answer.framed
+            raise
 
     def begin(self) -> Ticket:
         """Get the ticket and make its blocks ready; those of one URL share an ETag."""
@@ -1811,19 +1925,6 @@ class _Session:
                 known.use(entry)
             self.renewals += 1
             return True
-
-    def _fetch_ticket(self, request: _TicketRequest) -> Ticket:
-        answer = self.transport.request(
-            request.url, request.headers(), request.body, private=True
-        )
-        if answer.status != 200:
-            raise _refusal(answer)
-        try:
-            return _parse_ticket(_read_json(answer))
-        except ProtocolError as error:
-            # Without a length it may just have been cut off.
-            error._transient = not answer.framed
-            raise
 
 
 def _read_json(answer: _Answer) -> bytes:
@@ -2189,6 +2290,10 @@ class _Output:
         """Where the data is when it turned out to be wrong."""
         return "the output"
 
+    def name(self) -> str:
+        """What to call it in messages."""
+        return "output"
+
     def commit(self, size: int) -> None:
         """The data is complete, `size` bytes."""
         flush = getattr(self._stream, "flush", None)
@@ -2319,6 +2424,10 @@ class _PathOutput(_Output):
         """Where the data is when it turned out to be wrong."""
         return self._part
 
+    def name(self) -> str:
+        """What to call it in messages."""
+        return os.path.basename(self._path)
+
 
 def _digest(value: Any) -> str:
     """A digest of something that JSON can hold."""
@@ -2444,6 +2553,8 @@ def _kind(head: bytes) -> Optional[str]:
 class _Bgzf:
     """Walks the chain of BGZF blocks by their sizes, without decompressing."""
 
+    name = "BGZF"
+
     def __init__(self) -> None:
         # Where the data at hand begins, where the next block should, what follows.
         self._start = 0
@@ -2504,6 +2615,8 @@ class _Bgzf:
 
 class _Cram:
     """Looks for the EOF container at the end of a CRAM file."""
+
+    name = "CRAM"
 
     def __init__(self, head: bytes) -> None:
         marker = _CRAM_EOF.get(head[4:6]) or _CRAM_EOF.get(head[4:5])
@@ -2582,6 +2695,15 @@ class _Verifier:
             self._check.feed(head)
         self._head = None
 
+    def verdict(self) -> str:
+        """What was found to be well, for a message."""
+        found = []
+        if self._check is not None:
+            found.append("%s complete" % self._check.name)
+        if self._md5 is not None:
+            found.append("MD5 right")
+        return "".join(", " + text for text in found)
+
     def finish(self) -> None:
         """All data has gone by: raise IntegrityError if it is not what it should be."""
         if self._head is not None:
@@ -2602,6 +2724,88 @@ def _new_md5() -> Any:
     except ValueError:
         _log.warning("MD5 is not available here, so the ticket's is not checked")
         return None
+
+
+# ---- progress meter
+
+
+def _size(count: float) -> str:
+    """A number of bytes for people."""
+    if count < 1024:
+        return "%d bytes" % count
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    count /= 1024
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        del units[0]
+    return "%.1f %s" % (count, units[0])
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: h:mm:ss, or m:ss."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    if hour:
+        return "%d:%02d:%02d" % (hour, minute, second)
+    return "%d:%02d" % (minute, second)
+
+
+class _Meter:
+    """A function for `progress` that shows it: one line that is written over again on
+    a terminal, a new line now and then elsewhere."""
+
+    def __init__(self, stream: TextIO, name: str, terminal: bool) -> None:
+        self._stream = stream
+        self._name = os.path.basename(name) or name
+        self._terminal = terminal
+        self._interval = _METER_TERMINAL if terminal else _METER_LOG
+        self._next = time.monotonic() + self._interval
+        # (time, bytes) of the last seconds.
+        self._past: Deque[Tuple[float, int]] = collections.deque()
+        self._shown = False
+        # Which block of how many is on its way; set by the writer.
+        self.block = self.blocks = 0
+
+    def __call__(self, so_far: int, total: Optional[int]) -> None:
+        now = time.monotonic()
+        if not self._past:
+            self._past.append((now, so_far))
+        if now < self._next:
+            return
+        self._next = now + self._interval
+        self._past.append((now, so_far))
+        while len(self._past) > 2 and self._past[1][0] < now - _METER_SPAN:
+            self._past.popleft()
+        text = self.line(so_far, total, now)
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + text[:width].ljust(width))
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+        self._shown = True
+
+    def line(self, so_far: int, total: Optional[int], now: float) -> str:
+        """The text: bytes, percent, rate of the last seconds, time left, blocks."""
+        then, before = self._past[0]
+        rate = (so_far - before) / max(now - then, 1e-3)
+        parts = [self._name + ": " + _size(so_far)]
+        if total:
+            parts[0] += " of " + _size(total)
+            parts.append("%d %%" % (100 * so_far // total))
+        parts.append(_size(rate) + "/s")
+        if total and rate > 0:
+            parts.append(_duration((total - so_far) / rate) + " left")
+        parts.append("block %d of %d" % (self.block + 1, self.blocks))
+        return ", ".join(parts)
+
+    def clear(self) -> None:
+        """Take the line off the terminal, for something else to be written."""
+        if self._shown and self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r" + " " * width + "\r")
+            self._stream.flush()
+            self._shown = False
 
 
 # ---- public functions
@@ -2710,6 +2914,118 @@ def get_ticket(url: str, **options: Any) -> Ticket:
         return session.ticket()
 
 
+def open(url: Union[str, Ticket], **options: Any) -> io.BufferedReader:
+    """Ask for data and return it as a readable binary stream, while it is fetched.
+
+    The options are those of `get`, and so are the exceptions, which may come with any
+    read; a read that returns b"" means that the data is complete and verified. Close
+    the stream, or use it as a context manager: that ends the transfer at once.
+    """
+    known = _Options(**options)
+    return io.BufferedReader(_Stream(_source(url, known), known), _CHUNK)
+
+
+def service_info(url: str, **options: Any) -> Dict[str, Any]:
+    """What an htsget server says of itself (spec: "GET /reads/service-info").
+
+    url: str, an address of the server: of its service-info, its reads or variants, or
+        of one of these. The options are those of `get`, and so are the exceptions.
+    """
+    known = _Options(**options)
+    parts = urllib.parse.urlsplit(_checked_url(url))
+    path = re.sub(r"(.*/(reads|variants))(/.*)?\Z", r"\1/service-info", parts.path)
+    if not path.endswith("/service-info"):
+        path = path.rstrip("/") + "/service-info"
+    named = _Options(
+        bearer_token=known.bearer_token, headers=known.headers, data_format=None
+    )
+    request = _TicketRequest(parts._replace(path=path).geturl(), named)
+    with _Session(request, known) as session:
+        return session.document()
+
+
+def parse_region(text: str) -> Region:
+    """The `Region` for samtools' notation, which is 1-based and inclusive.
+
+    "chr1", "chr1:100" (from there on), "chr1:1,000-2,000", "*", and with a name that
+    has colons "{HLA:A*01:01}:1-5". Raises RequestError.
+    """
+    braced = re.match(r"\{([^{}]+)\}(?::(.+))?\Z", text)
+    plain = re.match(r"(.+):([0-9][0-9,]*(?:-[0-9,]*)?|-[0-9,]+)\Z", text)
+    if braced:
+        name, positions = braced.groups()
+    else:
+        name, positions = plain.groups() if plain else (text, None)
+    if positions is None:
+        if not name:
+            raise RequestError("a region is empty")
+        return Region(name)
+    match = re.match(r"([0-9]*)(?:-([0-9]*))?\Z", positions.replace(",", ""))
+    if match is None:
+        raise RequestError("%r is no region" % text)
+    first, last = (int(number) if number else None for number in match.groups())
+    if first == 0 or (last is not None and last < (first or 1)):
+        raise RequestError("the region %r ends before it begins, or begins at 0" % text)
+    return Region(name, None if first is None else first - 1, last)
+
+
+class _Stream(io.RawIOBase):
+    """The data of a transfer, to be read."""
+
+    def __init__(
+        self, source: Union[_TicketRequest, Ticket], options: _Options
+    ) -> None:
+        super().__init__()
+        self._session = _Session(source, options)
+        self._chunks = self._verified(self._session.begin(), options)
+        self._left = memoryview(b"")
+        self._failure: Optional[BaseException] = None
+
+    def _verified(
+        self, ticket: Ticket, options: _Options
+    ) -> Generator[bytes, None, None]:
+        verifier = _Verifier(ticket, options.data_class == "header", options.verify)
+        position = 0
+        with contextlib.closing(_Window(self._session, False).chunks(0, 0)) as chunks:
+            for chunk in chunks:
+                verifier.feed(chunk.data)
+                yield chunk.data
+                position += len(chunk.data)
+                if options.progress is not None:
+                    options.progress(position, self._session.total())
+        verifier.finish()
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes; 0 at the end."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            while not self._left:
+                data = next(self._chunks, None)
+                if data is None:
+                    return 0
+                self._left = memoryview(data)
+        except BaseException as error:
+            # Never to be taken for the end by who reads on.
+            self._failure = error
+            raise
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+    def close(self) -> None:
+        """End the transfer."""
+        if not self.closed:
+            self._session.stop()
+            self._chunks.close()
+        super().close()
+
+
 def _source(
     url: Union[str, Ticket], options: _Options
 ) -> Union[_TicketRequest, Ticket]:
@@ -2752,7 +3068,8 @@ def _save(
 def _save_once(
     session: _Session, output: _Output, options: _Options, first: bool
 ) -> int:
-    """Fetch what is missing and write it."""
+    """Fetch what is missing and write it; returns the size in bytes."""
+    begun = time.monotonic()
     ticket = session.begin()
     writer = _Writer(session, ticket, output, options)
     writer.begin(first)
@@ -2765,6 +3082,16 @@ def _save_once(
         writer.finish()
     finally:
         writer.note_at_last()
+    passed = max(time.monotonic() - begun, 1e-3)
+    _log.info(
+        "%s: %s, %d blocks, %.1f s, %s/s%s",
+        output.name(),
+        _size(writer.position),
+        len(session.blocks),
+        passed,
+        _size(writer.fetched / passed),
+        writer.verdict(),
+    )
     return writer.position
 
 
@@ -2776,6 +3103,8 @@ class _Writer:
     ) -> None:
         # The block that is written, where it starts in the output, bytes in all.
         self.block = self.start = self.position = 0
+        # Bytes written in this run, and the position that was noted last.
+        self.fetched = 0
         self._noted = 0
         self._session = session
         self._ticket = ticket
@@ -2831,15 +3160,23 @@ class _Writer:
         self._output.write(chunk.data)
         self._verifier.feed(chunk.data)
         self.position += len(chunk.data)
+        self.fetched += len(chunk.data)
         if self.position - self._noted >= _JOURNAL_STEP:
             self._note()
-        if self._options.progress is not None:
-            self._options.progress(self.position, self._session.total())
+        progress = self._options.progress
+        if progress is not None:
+            if isinstance(progress, _Meter):
+                progress.block, progress.blocks = self.block, len(self._session.blocks)
+            progress(self.position, self._session.total())
 
     def finish(self) -> None:
         """All is written: is it what it should be?"""
         self.block, self.start = len(self._session.blocks), self.position
         self._verifier.finish()
+
+    def verdict(self) -> str:
+        """What the verifier can say when all is well."""
+        return self._verifier.verdict()
 
     def _note(self) -> None:
         """Have the journal say what a later run can rely on."""
@@ -2878,21 +3215,46 @@ def main(argv: Optional[List[str]] = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as done:
         return int(done.code or 0)
-    handler = logging.StreamHandler(sys.stderr)
+    meter = _meter(args)
+    handler = _Messages(meter)
     handler.setFormatter(logging.Formatter("htsget: %(message)s"))
+    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+    _log.setLevel(logging.ERROR if args.quiet else levels[min(args.verbose, 2)])
     _log.addHandler(handler)
-    _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
     try:
-        return _run(args)
+        return _run(args, meter)
     finally:
         _log.removeHandler(handler)
 
 
-def _run(args: argparse.Namespace) -> int:
+class _Messages(logging.Handler):
+    """Writes messages to standard error, past the progress line."""
+
+    def __init__(self, meter: Optional[_Meter]) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        if self._meter is not None:
+            self._meter.clear()
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _meter(args: argparse.Namespace) -> Optional[_Meter]:
+    """The progress meter, if it is wanted: by default on a terminal only."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    wanted = terminal if args.show_progress is None else args.show_progress
+    if not wanted or args.quiet or sys.stderr is None:
+        return None
+    return _Meter(sys.stderr, args.output or "standard output", terminal)
+
+
+def _run(args: argparse.Namespace, meter: Optional[_Meter]) -> int:
     """Do what the arguments say; errors become one line and an exit status."""
     try:
         with _terminable():
-            _fetch(args)
+            _act(args, meter)
         return 0
     except BrokenPipeError:
         return 141
@@ -2903,9 +3265,14 @@ def _run(args: argparse.Namespace) -> int:
     except RequestError as error:
         status, message = 2, str(error)
     except RetryableError as error:
-        status, message = 75, str(error)
+        status, message = 75, "%s; the same command may go on later" % error
+    except ClientError as error:
+        status, message = 1, str(error) + _hint(error, args)
     except (HtsgetException, OSError) as error:
         status, message = 1, str(error)
+    finally:
+        if meter is not None:
+            meter.clear()
     print("htsget: error: " + message, file=sys.stderr)
     return status
 
@@ -2931,16 +3298,101 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fetch(args: argparse.Namespace) -> None:
-    """Call `get` with the arguments."""
+def _hint(error: ClientError, args: argparse.Namespace) -> str:
+    """What to do about a refusal, where that is known."""
+    if error.status in (401, 403):
+        return "; a token is given with -b, --bearer-token-file or HTS_AUTH_LOCATION"
+    if error.status == 404:
+        return "; check the id in the URL"
+    if error.status == 407:
+        return "; the proxy wants a login, in the proxy's URL"
+    if error.error == "UnsupportedFormat":
+        try:
+            options = dict(_options(args), max_retries=0, timeout=10)
+            formats = service_info(args.url, **options)["htsget"]["formats"]
+            return "; the server has " + _printable(", ".join(formats))
+        except (HtsgetException, LookupError, TypeError):
+            pass
+    return ""
+
+
+def _act(args: argparse.Namespace, meter: Optional[_Meter]) -> None:
+    """Call the function that the arguments ask for."""
+    options = _options(args)
+    if args.service_info:
+        info = service_info(args.url, **options)
+        print(json.dumps(info, indent=2, ensure_ascii=False))
+        return
+    source = _ticket_argument(args.url)
+    if args.dry_run:
+        if isinstance(source, str):
+            source = get_ticket(source, **options)
+        print(_describe(source))
+        return
+    if args.output is None and sys.stdout.isatty():
+        raise RequestError(
+            "not writing binary data to a terminal; give -O PATH or -O -"
+        )
     if args.output in (None, "-"):
         output: Any = io.FileIO(sys.stdout.fileno(), "w", closefd=False)
     else:
         output = args.output
+    get(source, output, progress=meter, **options)
+
+
+def _ticket_argument(url: str) -> Union[str, Ticket]:
+    """A URL as it is; a file with a ticket, or "-" for one on standard input, read."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", url):
+        return url
+    try:
+        if url == "-":
+            return _parse_ticket(sys.stdin.buffer.read())
+        with io.open(url, "rb") as file:
+            return _parse_ticket(file.read())
+    except OSError as error:
+        text = "%s is no URL and cannot be read as a ticket: %s"
+        raise RequestError(text % (url, error.strerror)) from None
+
+
+def _describe(ticket: Ticket) -> str:
+    """What --dry-run tells of a ticket: no query, no header's value."""
+    with _Session(ticket, _Options()) as session:
+        session.begin()
+        total = session.total()
+        hosts = {block.origin[1] for block in session.blocks if block.data is None}
+        inline = sum(block.data is not None for block in session.blocks)
+    lines = [
+        "format: %s" % (ticket.format or "not given"),
+        "blocks: %d (%d inline)" % (len(ticket.blocks), inline),
+        "size:   %s" % ("not known" if total is None else "%d bytes" % total),
+        "MD5:    %s" % (ticket.md5 or "not given"),
+        "hosts:  %s" % (", ".join(sorted(hosts)) or "none"),
+    ]
+    return "\n".join(lines)
+
+
+def _options(args: argparse.Namespace) -> Dict[str, Any]:
+    """The options of `get` that the arguments stand for."""
     names = set(_Options._fields) & set(vars(args))
     options = {name: getattr(args, name) for name in names}
     options["headers"] = _parse_headers(args.headers)
-    get(args.url, output, **options)
+    if args.cacert:
+        options["ssl_context"] = _ssl_context(args.cacert)
+    path = args.bearer_token_file or os.environ.get("HTS_AUTH_LOCATION")
+    if args.bearer_token is None and path:
+        options["bearer_token"] = functools.partial(_read_token, path)
+    regions = [parse_region(text) for text in args.region]
+    if args.regions_file:
+        regions += _read_bed(args.regions_file)
+    if regions and args.reference_name is not None:
+        raise RequestError("--region and -L go without -r")
+    if len(regions) == 1:
+        if (args.start, args.end) != (None, None):
+            raise RequestError("--region and -L go without -s and -e")
+        options.update(regions[0]._asdict())
+    elif args.region or args.regions_file:
+        options["regions"] = regions
+    return options
 
 
 def _parse_headers(texts: List[str]) -> Dict[str, str]:
@@ -2960,50 +3412,129 @@ def _parse_headers(texts: List[str]) -> Dict[str, str]:
     return headers
 
 
+def _read_token(path: str) -> str:
+    """A token from a file: text, or JSON with `access_token`, as htslib reads it."""
+    try:
+        with io.open(path, encoding="utf-8") as file:
+            text = file.read().strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise RequestError(
+            "cannot read the token file %s: %s" % (path, reason)
+        ) from None
+    if not text.startswith("{"):
+        return text
+    try:
+        return str(json.loads(text)["access_token"])
+    except (ValueError, KeyError):
+        raise RequestError("no access_token in the token file %s" % path) from None
+
+
+def _read_bed(path: str) -> List[Region]:
+    """The regions of a BED file, which may be compressed with gzip."""
+    import gzip
+
+    try:
+        with io.open(path, "rb") as file:
+            data = file.read()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise RequestError("cannot read %s: %s" % (path, error)) from None
+    regions = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or re.match(r"#|(track|browser)(\s|\Z)", line):
+            continue
+        columns = line.split("\t") if "\t" in line else line.split()
+        try:
+            regions.append(Region(columns[0], int(columns[1]), int(columns[2])))
+        except (ValueError, IndexError):
+            raise RequestError("%s, line %d: not BED" % (path, number)) from None
+    if not regions:
+        raise RequestError("%s has no regions" % path)
+    return regions
+
+
+_EXAMPLES = """examples:
+  htsget https://example.org/reads/NA12878 -O NA12878.bam
+  htsget https://example.org/reads/NA12878 --region chr1:1,000-2,000 -O slice.bam
+  htsget https://example.org/variants/1000g -f VCF -r chr22 | zcat | less
+
+exit status: 0 done; 1 refused or wrong; 2 wrong usage; 75 gave up, try again later
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     """The options; where `get` has the option too, its name is that of `get`."""
     parser = argparse.ArgumentParser(
         prog="htsget",
         description="Fetch slices of BAM, CRAM, VCF and BCF files from htsget servers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("url", metavar="URL", help="address of the data on an htsget server")
-    add("-V", "--version", action="version", version="%(prog)s " + __version__)
+    text = "address of the data; or a file with a ticket, - for standard input"
+    parser.add_argument("url", metavar="URL", help=text)
+    version = "%(prog)s " + __version__
+    parser.add_argument("-V", "--version", action="version", version=version)
+    _add_request_options(parser.add_argument_group("request").add_argument)
+    _add_transfer_options(parser.add_argument_group("transfer").add_argument)
+    _add_connection_options(parser.add_argument_group("connection").add_argument)
+    _add_output_options(parser.add_argument_group("output").add_argument)
+    return parser
 
-    add = parser.add_argument_group("request").add_argument
+
+def _add_request_options(add: Callable[..., Any]) -> None:
     add("-f", "--format", dest="data_format", help="BAM, CRAM, VCF or BCF")
     add("-r", "--reference-name", metavar="NAME", help="reference, such as chr1")
     add("-m", "--reference-md5", metavar="MD5", help="MD5 of the reference's sequence")
     add("-s", "--start", type=int, metavar="N", help="first position, 0-based")
     add("-e", "--end", type=int, metavar="N", help="position behind the last one")
+    text = "such as chr1:1,000-2,000, 1-based and inclusive (repeatable)"
+    add("--region", action="append", default=[], help=text)
+    add("-L", "--regions-file", metavar="BED", help="regions of a BED file, 0-based")
     add("--fields", metavar="LIST", help="SAM fields to include, comma-separated")
     add("--tags", metavar="LIST", help="tags to include; '' for none")
     add("--notags", metavar="LIST", help="tags to leave out")
     add("--class", dest="data_class", metavar="CLASS", help="'header': header only")
+    text = "print what the server says of itself, and stop"
+    add("--service-info", action="store_true", help=text)
+    text = "print what the ticket says, and stop"
+    add("--dry-run", action="store_true", help=text)
 
-    add = parser.add_argument_group("transfer").add_argument
-    add("-M", "--max-retries", type=int, metavar="N", default=5,
-        help="retries without progress; below 0: no limit (default: 5)")  # fmt: skip
-    add("-W", "--retry-wait", type=float, metavar="SECONDS", default=5,
-        help="wait before the first retry (default: 5)")  # fmt: skip
-    add("-c", "--connections", type=int, metavar="N", default=4,
-        help="the most connections at once (default: 4)")  # fmt: skip
-    add("--no-verify", dest="verify", action="store_false",
-        help="do not check MD5, format and end of the data")  # fmt: skip
-    add("--no-resume", dest="resume", action="store_false",
-        help="start over instead of going on with PATH.part")  # fmt: skip
 
-    add = parser.add_argument_group("connection").add_argument
-    add("-T", "--timeout", type=float, metavar="SECONDS", default=120,
-        help="time without a byte after which to give up (default: 120)")  # fmt: skip
+def _add_transfer_options(add: Callable[..., Any]) -> None:
+    text = "retries without progress; below 0: no limit (default: 5)"
+    add("-M", "--max-retries", type=int, metavar="N", default=5, help=text)
+    text = "wait before the first retry (default: 5)"
+    add("-W", "--retry-wait", type=float, metavar="SECONDS", default=5, help=text)
+    text = "the most connections at once (default: 4)"
+    add("-c", "--connections", type=int, metavar="N", default=4, help=text)
+    text = "do not check MD5, format and end of the data"
+    add("--no-verify", dest="verify", action="store_false", help=text)
+    text = "start over instead of going on with PATH.part"
+    add("--no-resume", dest="resume", action="store_false", help=text)
+
+
+def _add_connection_options(add: Callable[..., Any]) -> None:
+    text = "time without a byte after which to give up (default: 120)"
+    add("-T", "--timeout", type=float, metavar="SECONDS", default=120, help=text)
     add("-b", "--bearer-token", metavar="TOKEN", help="token for the ticket server")
-    add("-H", "--headers", action="append", metavar="HEADER", default=[],
-        help="'Name: value' for the ticket server (repeatable), or JSON")  # fmt: skip
+    text = "file with the token (default: $HTS_AUTH_LOCATION), read when needed"
+    add("--bearer-token-file", metavar="PATH", help=text)
+    text = "'Name: value' for the ticket server (repeatable), or JSON"
+    add("-H", "--headers", action="append", metavar="HEADER", default=[], help=text)
+    text = "file or folder of certificates to trust too"
+    add("--cacert", metavar="PATH", help=text)
 
-    add = parser.add_argument_group("output").add_argument
-    add("-O", "--output", metavar="PATH", help="file to write (default: stdout)")
+
+def _add_output_options(add: Callable[..., Any]) -> None:
+    text = "file to write (default, and -: standard output)"
+    add("-O", "--output", metavar="PATH", help=text)
+    either: Dict[str, Any] = {"dest": "show_progress", "default": None}
+    text = "show progress even if standard error is no terminal"
+    add("--progress", action="store_true", help=text, **either)
+    add("--no-progress", action="store_false", help="show no progress", **either)
+    add("-q", "--quiet", action="store_true", help="show errors only")
     add("-v", "--verbose", action="count", default=0, help="tell more (twice: most)")
-    return parser
 
 
 if __name__ == "__main__":

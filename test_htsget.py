@@ -12,6 +12,7 @@ The server misbehaves where a test asks it to: see `File` and `damage`.
 import argparse
 import base64
 import collections
+import gzip
 import hashlib
 import http.server
 import io
@@ -1438,7 +1439,7 @@ def random_damage(rng, file):
         damage.cut(count),
         damage.cut(count, "reset"),
         damage.cut(0),
-        damage.stall(count, 0.4),
+        damage.stall(count, 0.3),
         damage.status(rng.choice([500, 502, 503, 504, 408, 429])),
         damage.raw(rng.choice([b"", b"garbage\r\n\r\n", b"HTTP/1.1 2", b"\0" * 999])),
         damage.chunked_cut(count),
@@ -1487,7 +1488,7 @@ def random_ticket(rng, server):
 def test_damaged_answers_never_give_wrong_bytes(seed):
     rng = random.Random(seed)
     arrived = 0
-    scenarios = 30
+    scenarios = 20
     for number in range(scenarios):
         with Server() as server:
             server.start()
@@ -1686,6 +1687,746 @@ def test_many_small_blocks_of_several_kinds(server):
         output = Unseekable()
         htsget.get(server.ticket(blocks), output, connections=connections, **QUICK)
         assert output.data == b"".join(expected)
+
+
+# -- secrets
+
+
+def leaks(error, secrets):
+    """The secrets that an exception, or what led to it, shows."""
+    shown = []
+    while error is not None:
+        shown += [str(error), repr(error)]
+        error = error.__cause__ or error.__context__
+    return [secret for secret in secrets if secret in "\n".join(shown)]
+
+
+@pytest.mark.parametrize("status", [301, 307])
+def test_secrets_stay_at_the_origin_of_the_ticket(server, status):
+    with Server() as other:
+        other.start()
+        other.ticket([data_uri(b"x")])
+
+        def to(url):
+            return lambda h: h.reply(status, b"", {"Location": url})
+
+        server.at("/away", to(other.url + "/reads/x"))
+        url = server.at("/near", to("/away"))
+        headers = {"X-Api-Key": "k", "Cookie": "c"}
+        assert fetch(url, headers=headers, bearer_token="t") == b"x"
+        for request in server.requests:
+            assert request.headers["Authorization"] == "Bearer t"
+            assert request.headers["X-Api-Key"] == "k"
+            assert request.headers["Cookie"] == "c"
+        for name in ("Authorization", "X-Api-Key", "Cookie"):
+            assert other.requests[0].headers[name] is None
+        assert other.requests[0].headers["Accept"].startswith("application/vnd.ga4gh")
+        other.shutdown()
+
+
+def test_block_headers_follow_redirects_but_not_to_plain_http(
+    server, tls_server, trusting
+):
+    server.at("/b", b"abc")
+    tls_server.at("/near", b"abc")
+    headers = {"Authorization": "Bearer of-the-block"}
+
+    def to(url):
+        return lambda h: h.reply(302, b"", {"Location": url})
+
+    near = tls_server.at("/x", to("/near"))
+    assert fetch(server.ticket([(near, headers)]), ssl_context=trusting) == b"abc"
+    assert (
+        tls_server.asked("/near")[0].headers["Authorization"] == "Bearer of-the-block"
+    )
+    away = tls_server.at("/y", to(server.url + "/b"))
+    with pytest.raises(htsget.ProtocolError, match="plain http"):
+        fetch(server.ticket([(away, headers)]), ssl_context=trusting)
+    assert server.asked("/b") == []
+    assert fetch(server.ticket([away]), ssl_context=trusting) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "data:,x",
+        "jar:x",
+        "http://",
+        "http://h:x/",
+        "",
+    ],
+)
+def test_redirects_lead_to_http_only(server, target):
+    def route(handler):
+        handler.reply(302, b"", {"Location": target})
+
+    with pytest.raises(htsget.HtsgetException):
+        fetch(server.at("/t", route), max_retries=0)
+    with pytest.raises(htsget.HtsgetException):
+        fetch(server.ticket([server.at("/b", route)]), max_retries=0)
+
+
+def test_endless_redirects_end(server):
+    url = server.at("/t", lambda h: h.reply(302, b"", {"Location": "/t"}))
+    with pytest.raises(htsget.ProtocolError, match="too many redirects"):
+        fetch(url)
+
+
+def test_a_token_is_not_sent_over_plain_http(monkeypatch):
+    url = "http://htsget.invalid/reads/x?key=query-secret"
+    with pytest.raises(htsget.RequestError, match="plain http") as caught:
+        fetch(url, bearer_token="hush")
+    assert leaks(caught.value, ["hush", "query-secret"]) == []
+    name = "HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER"
+    monkeypatch.setenv(name, "I understand the risks")
+    with pytest.raises(htsget.RetryableError):
+        fetch(url, bearer_token="hush", max_retries=0)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda h: h.reply(404, b"no"),
+        lambda h: h.reply(503, b"busy"),
+        lambda h: h.reply(200, b"{", {"Content-Type": "text/html"}),
+        lambda h: h.reply(
+            302, b"", {"Location": "http://u:user-secret@h:x/?sig-secret"}
+        ),
+        lambda h: h.cut(),
+        lambda h: h.wfile.write(b"garbage\r\n\r\n"),
+    ],
+)
+def test_nothing_secret_is_shown(server, route, caplog, monkeypatch):
+    caplog.set_level(0, "htsget")
+    monkeypatch.setenv("no_proxy", "*")
+    secrets = [
+        "user-secret",
+        "query-secret",
+        "sig-secret",
+        "token-secret",
+        "header-secret",
+    ]
+    block = (server.at("/b", route) + "?sig-secret", {"X-A": "header-secret"})
+    server.ticket([block])
+    for path in ("/reads/x", "/b"):
+        url = server.url.replace("//", "//u:user-secret@") + path + "?query-secret"
+        with pytest.raises(htsget.HtsgetException) as caught:
+            fetch(
+                url,
+                max_retries=1,
+                bearer_token="token-secret",
+                headers={"X-Key": "header-secret"},
+            )
+        assert leaks(caught.value, secrets) == []
+    assert not any(secret in caplog.text for secret in secrets)
+
+
+def test_netrc_is_used_when_there_is_no_token(server, monkeypatch, tmp_path, caplog):
+    path = tmp_path / "netrc"
+    path.write_text("machine 127.0.0.1 login me password pw\n")
+    monkeypatch.setenv("NETRC", str(path))
+    url = server.ticket([data_uri(b"x")])
+    htsget.get_ticket(url)
+    htsget.get_ticket(url, bearer_token="t")
+    htsget.get_ticket(url, headers={"Authorization": "own"})
+    sent = [request.headers["Authorization"] for request in server.requests]
+    basic = "Basic " + base64.b64encode(b"me:pw").decode()
+    assert sent == [basic, "Bearer t", "own"]
+    path.write_text("nonsense here\n")
+    htsget.get_ticket(url)
+    assert "cannot use" in caplog.text
+
+
+# -- proxies and TLS
+
+
+class Proxy(Server):
+    """A proxy for http and, with CONNECT, https; wants a login when `login` is set."""
+
+    login = None
+
+    def __init__(self):
+        super().__init__(handler=ProxyHandler)
+
+
+class ProxyHandler(Handler):
+    def do_GET(self):
+        request = Request(self.command, self.path, self.headers, b"", self.number)
+        self.server.requests.append(request)
+        login = self.server.login
+        if login and self.headers["Proxy-Authorization"] != login:
+            self.reply(407, b"who are you?")
+        elif self.command == "CONNECT":
+            host, port = self.path.split(":")
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            self.relay(socket.create_connection((host, int(port))))
+        else:
+            self.reply(200, b'{"htsget": {"urls": [{"url": "data:,via%20proxy"}]}}')
+
+    do_CONNECT = do_GET
+
+    def relay(self, upstream):
+        def pump(source, target):
+            try:
+                for data in iter(lambda: source.recv(65536), b""):
+                    target.sendall(data)
+            except OSError:
+                pass
+            finally:
+                target.close()
+
+        thread = threading.Thread(target=pump, args=(upstream, self.connection))
+        thread.daemon = True
+        thread.start()
+        pump(self.connection, upstream)
+        self.close_connection = True
+
+
+@pytest.fixture
+def proxy():
+    with Proxy() as started:
+        started.start()
+        yield started
+        started.shutdown()
+
+
+def test_http_goes_through_a_proxy(proxy, monkeypatch):
+    proxy.login = "Basic " + base64.b64encode(b"me:pw").decode()
+    monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:pw@"))
+    assert fetch("http://localhost:1/reads/x") == b"via proxy"
+    assert proxy.requests[0].path == "http://localhost:1/reads/x"
+
+
+def test_https_goes_through_a_tunnel(proxy, tls_server, trusting, monkeypatch):
+    proxy.login = "Basic " + base64.b64encode(b"me:pw").decode()
+    monkeypatch.setenv("https_proxy", proxy.url.replace("//", "//me:pw@"))
+    url = tls_server.ticket([tls_server.at("/b", b"abc")])
+    assert fetch(url, ssl_context=trusting, bearer_token="t") == b"abc"
+    assert [request.method for request in proxy.requests] == ["CONNECT"]
+    assert proxy.requests[0].headers["Authorization"] is None
+    for request in tls_server.requests:
+        assert request.headers["Proxy-Authorization"] is None
+
+
+def test_no_proxy_is_honoured(proxy, server, monkeypatch):
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert fetch(server.ticket([data_uri(b"x")])) == b"x"
+    assert proxy.requests == []
+
+
+def test_a_proxy_that_wants_a_login(proxy, tls_server, trusting, monkeypatch):
+    proxy.login = "something"
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("https_proxy", proxy.url)
+    for url in ("http://localhost:1/", tls_server.url + "/"):
+        with pytest.raises(htsget.ClientError) as caught:
+            fetch(url, ssl_context=trusting)
+        assert caught.value.status == 407
+
+
+def test_an_untrusted_certificate_is_not_retried(tls_server):
+    with pytest.raises(htsget.ProtocolError, match="--cacert or SSL_CERT_FILE"):
+        fetch(tls_server.ticket([data_uri(b"x")]))
+    assert tls_server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "how", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "--cacert"]
+)
+def test_certificates_of_a_private_authority(tls_server, tmp_path, how):
+    path = tmp_path / "ca.pem"
+    path.write_text(TLS_CERTIFICATE)
+    url = tls_server.ticket([tls_server.at("/b", b"abc")])
+    environ = dict(os.environ)
+    args = [url, "-O", "-"]
+    if how.startswith("-"):
+        args += [how, str(path)]
+    else:
+        environ[how] = str(path)
+    done = htsget_command(*args, env=environ)
+    assert (done.returncode, done.stdout) == (0, b"abc"), done.stderr
+
+
+def test_old_tls_is_refused():
+    context = htsget._ssl_context(None)
+    if hasattr(context, "minimum_version"):
+        assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+    else:
+        assert context.options & ssl.OP_NO_TLSv1_1
+    assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
+
+
+# -- broken servers
+
+
+BROKEN_HEADS = [
+    b"",
+    b"garbage\r\n\r\n",
+    b"HTTP/1.1 2",
+    b"HTTP/1.1 200",
+    b"HTTP/1.1 abc OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nno colon\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100000 + b"\r\n",
+    b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1000000 + b"\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Le",
+    b"HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\nabc\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n00",
+    b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>",
+]
+
+
+@pytest.mark.parametrize("raw", BROKEN_HEADS, ids=lambda raw: repr(raw[17:60]))
+def test_broken_answers_are_errors(server, raw):
+    def route(handler):
+        damage.raw(raw)(handler, 0, {}, b"")
+
+    url = server.at("/b", route)
+    for asked in (
+        url,
+        server.ticket([url]),
+        server.ticket([(url, {"Range": "bytes=0-2"})]),
+    ):
+        with pytest.raises(htsget.HtsgetException) as caught:
+            fetch(asked, max_retries=1, retry_wait=0, timeout=2)
+        assert len(str(caught.value)) < 500
+
+
+def mutated(rng, data, alphabet):
+    """Data with a few random changes."""
+    data = bytearray(data)
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(len(data) + 1)
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at:at] = rng.choice(alphabet)
+        elif kind == 1:
+            del data[at : at + rng.randrange(1, 20)]
+        elif kind == 2 and data:
+            data[at % len(data)] = rng.randrange(256)
+        else:
+            data[at : at + rng.randrange(9)] = rng.choice(alphabet)
+    return bytes(data)
+
+
+def test_mutated_tickets_are_tickets_or_protocol_errors():
+    rng = random.Random(1)
+    blocks = [
+        {"url": "data:;base64,YWJj", "class": "header"},
+        {"url": "http://127.0.0.1/x?a=b", "headers": {"Range": "bytes=0-9", "A": "b"}},
+    ]
+    document = {"htsget": {"format": "BAM", "urls": blocks, "md5": "0" * 32}}
+    ticket = json.dumps(document).encode()
+    alphabet = [
+        b"null",
+        b"{}",
+        b"[]",
+        b'"',
+        b"1e999",
+        b"-1",
+        b"NaN",
+        b"\xff",
+        b"\\ud800",
+    ]
+    alphabet += [
+        b"\\u0000",
+        b"data:",
+        b"http://",
+        b"[" * 50,
+        b"}",
+        b",",
+        b"\xef\xbb\xbf",
+    ]
+    good = 0
+    for _ in range(3000):
+        try:
+            parsed = htsget._parse_ticket(mutated(rng, ticket, alphabet))
+            with htsget._Session(parsed, htsget._Options()) as session:
+                session.begin()
+            good += 1
+        except htsget.ProtocolError as error:
+            assert len(str(error)) < 500
+    assert 0 < good < 3000
+
+
+@pytest.mark.parametrize("kind", ["ticket", "block"])
+def test_mutated_answers_are_results_or_errors(server, kind):
+    rng = random.Random(2)
+    body = (
+        b'{"htsget": {"urls": [{"url": "data:,abc"}]}}' if kind == "ticket" else b"abc"
+    )
+    heads = [
+        b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nETag: "a"\r\n\r\n' % len(body)
+        + body,
+        b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-2/9\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+        + body,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body)
+        + body
+        + b"\r\n0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: /b\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 503 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\nxx",
+    ]
+    alphabet = [
+        b"\r\n",
+        b"\r\n\r\n",
+        b"-1",
+        b"99999999999999999999",
+        b":",
+        b"\0",
+        b"chunked",
+    ]
+    alphabet += [
+        b"Content-Length: 1\r\n",
+        b"Connection: close\r\n",
+        b"HTTP/1.1 100 X\r\n\r\n",
+    ]
+
+    def route(handler):
+        raw = mutated(rng, rng.choice(heads), alphabet)
+        damage.raw(raw)(handler, 0, {}, b"")
+
+    url = server.at("/b", route)
+    block = htsget.DataBlock(url, {"Range": "bytes=0-2"})
+    for number in range(2000):
+        asked = url if kind == "ticket" else htsget.Ticket(None, [block])
+        try:
+            fetch(asked, max_retries=0, retry_wait=0, timeout=1, connections=1)
+        except htsget.HtsgetException as error:
+            assert len(str(error)) < 600, number
+
+
+# -- streams
+
+
+def test_open_gives_a_stream(server):
+    data = make_bam(3000)
+    url = server.ticket(sliced(server, data), format="BAM")
+    with htsget.open(url) as stream:
+        assert stream.readable()
+        assert stream.read(100) == data[:100]
+        buffer = bytearray(1000)
+        assert stream.readinto(buffer) == 1000
+        assert bytes(buffer) == data[100:1100]
+        assert stream.read() == data[1100:]
+        assert stream.read() == b""
+
+
+def test_a_vcf_is_read_line_by_line_while_it_comes(server):
+    lines = ["##fileformat=VCFv4.3"] + ["chr1\t%d" % n for n in range(50000)]
+    data = bgzf("\n".join(lines).encode())
+    slow = Slow(File(data), len(data) // 2)
+    url = server.ticket([server.at("/file", slow)], format="VCF")
+    with gzip.open(htsget.open(url, timeout=5), "rt") as text:
+        assert next(text) == "##fileformat=VCFv4.3\n"
+        assert not slow.go_on.is_set()
+        slow.go_on.set()
+        assert len(list(text)) == 50000
+
+
+def test_a_stream_is_verified_at_its_end(server):
+    data = make_bam(100)[:-28]
+    url = server.ticket([server.at("/b", data)], format="BAM")
+    with htsget.open(url) as stream:
+        assert stream.read(len(data)) == data
+        for _ in range(2):
+            with pytest.raises(htsget.IntegrityError):
+                stream.read(1)
+    with htsget.open(url, verify=False) as stream:
+        assert stream.read() == data
+
+
+def test_an_error_in_a_stream_is_never_its_end(server):
+    url = server.ticket(
+        [server.at("/a", b"abc"), server.at("/b", lambda h: h.reply(404))]
+    )
+    with htsget.open(url, connections=1) as stream:
+        for _ in range(3):
+            with pytest.raises(htsget.ClientError):
+                stream.read()
+
+
+def test_closing_a_stream_ends_the_transfer_at_once(server):
+    server.delay = 0.03
+    slow = Slow(File(pattern(100)), 0)
+    blocks = sliced(server, pattern(40000), count=40) + [server.at("/slow", slow)]
+    stream = htsget.open(server.ticket(blocks))
+    stream.read(30000)
+    before = time.monotonic()
+    stream.close()
+    slow.go_on.set()
+    assert time.monotonic() - before < 1
+    assert [t for t in threading.enumerate() if t.name == "htsget"] == []
+
+
+# -- regions
+
+
+@pytest.mark.parametrize(
+    "text, region",
+    [
+        ("chr1", ("chr1", None, None)),
+        ("*", ("*", None, None)),
+        ("chr1:100", ("chr1", 99, None)),
+        ("chr1:100-", ("chr1", 99, None)),
+        ("chr1:-200", ("chr1", None, 200)),
+        ("chr1:1,000-2,000", ("chr1", 999, 2000)),
+        ("chr1:5-5", ("chr1", 4, 5)),
+        ("{HLA:A*01:01}:1-5", ("HLA:A*01:01", 0, 5)),
+        ("{HLA:A*01:01}", ("HLA:A*01:01", None, None)),
+        ("HLA:A*01", ("HLA:A*01", None, None)),
+        ("HLA:A*01:01:7-8", ("HLA:A*01:01", 6, 8)),
+    ],
+)
+def test_regions_are_read_as_samtools_does(text, region):
+    assert htsget.parse_region(text) == htsget.Region(*region)
+
+
+@pytest.mark.parametrize("text", ["", "chr1:0-5", "chr1:5-4", "{a}:x", "{a}:1-2-3"])
+def test_wrong_regions_are_refused(text):
+    with pytest.raises(htsget.RequestError):
+        htsget.parse_region(text)
+
+
+def test_one_region_is_a_get_and_several_a_post(server, tmp_path):
+    url = server.ticket([data_uri(b"x")])
+    assert htsget_command(url, "--region", "chr1:1-10", "-O", "-").returncode == 0
+    assert server.requests[0].method == "GET"
+    assert server.requests[0].path.endswith("?referenceName=chr1&start=0&end=10")
+    bed = tmp_path / "regions.bed"
+    text = "# comment\ntrack name=x\nbrowser x\n\nchr2\t5\t9\tname\t0\nchr3 1 2\n"
+    for content in (text.encode(), gzip.compress(text.encode())):
+        bed.write_bytes(content)
+        done = htsget_command(url, "--region", "chr1:1-10", "-L", str(bed), "-O", "-")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(server.requests[-1].body.decode())["regions"] == [
+            {"referenceName": "chr1", "start": 0, "end": 10},
+            {"referenceName": "chr2", "start": 5, "end": 9},
+            {"referenceName": "chr3", "start": 1, "end": 2},
+        ]
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_that_takes_no_post(server, status):
+    url = server.at("/t", lambda h: h.reply(status))
+    with pytest.raises(htsget.ClientError, match="several regions"):
+        fetch(url, regions=[("1",), ("2",)])
+
+
+# -- service-info, dry run, ticket files, tokens
+
+
+INFO = {"id": "x", "htsget": {"datatype": "reads", "formats": ["BAM", "CRAM"]}, "n": 1}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/reads", "/reads/", "/reads/NA12878", "/reads/service-info", "/reads/a/b?x=y"],
+)
+def test_service_info(server, path):
+    server.at("/reads/service-info", json.dumps(INFO).encode())
+    assert htsget.service_info(server.url + path) == INFO
+    done = htsget_command("--service-info", server.url + path)
+    assert json.loads(done.stdout.decode()) == INFO
+
+
+def test_dry_run_downloads_nothing_and_shows_no_secrets(server):
+    headers = {"Range": "bytes=0-99", "X": "hush"}
+    url = server.ticket(
+        [data_uri(b"12345"), (server.url + "/b?hush", headers)], format="BAM"
+    )
+    done = htsget_command("--dry-run", url)
+    text = done.stdout.decode()
+    assert done.returncode == 0
+    for expected in ("BAM", "2 (1 inline)", "105 bytes", "127.0.0.1"):
+        assert expected in text
+    assert "hush" not in text
+    assert len(server.requests) == 1
+
+
+def test_a_ticket_from_a_file_or_standard_input(server, tmp_path):
+    server.ticket([data_uri(b"abc")])
+    path = tmp_path / "ticket.json"
+    path.write_bytes(server.routes["/reads/x"])
+    assert htsget_command(str(path), "-O", "-").stdout == b"abc"
+    done = htsget_command("-", "-O", "-", input=path.read_bytes())
+    assert done.stdout == b"abc"
+    done = htsget_command(str(tmp_path / "missing"))
+    assert done.returncode == 2 and b"no URL" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["secret\n", '{"access_token": "secret", "x": 1}'])
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_tokens_from_files(server, tmp_path, text, how):
+    path = tmp_path / "token"
+    path.write_text(text)
+    url = server.ticket([data_uri(b"x")])
+    environ, args = dict(os.environ), [url, "-O", "-"]
+    if how == "option":
+        args += ["--bearer-token-file", str(path)]
+        environ["HTS_AUTH_LOCATION"] = "/nonexistent"
+    else:
+        environ["HTS_AUTH_LOCATION"] = str(path)
+    assert htsget_command(*args, env=environ).stdout == b"x"
+    assert server.requests[0].headers["Authorization"] == "Bearer secret"
+    assert htsget_command("-b", "own", *args, env=environ).returncode == 0
+    assert server.requests[1].headers["Authorization"] == "Bearer own"
+    path.unlink()
+    done = htsget_command(*args, env=environ)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+# -- messages and the terminal
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (401, b"", "--bearer-token-file"),
+        (404, b"", "check the id"),
+        (
+            400,
+            b'{"htsget": {"error": "UnsupportedFormat", "message": "no"}}',
+            "BAM, CRAM",
+        ),
+    ],
+)
+def test_errors_come_with_a_hint(server, status, body, words):
+    server.at("/reads/service-info", json.dumps(INFO).encode())
+    done = htsget_command(server.at("/reads/x", lambda h: h.reply(status, body)))
+    assert done.returncode == 1
+    assert words in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_messages_by_verbosity(server, tmp_path):
+    data = make_bam(1000)
+    path = str(tmp_path / "out.bam")
+
+    def run(*args):
+        file = File(data, damages=[damage.status(503)])
+        url = server.ticket([server.at("/b", file)], format="BAM")
+        return htsget_command(url, "-O", path, "-W", "0.01", *args).stderr.decode()
+
+    assert run("-q") == ""
+    (line,) = run().splitlines()
+    assert "503" in line and "trying again in 0.0 s" in line
+    last = run("-v").splitlines()[-1]
+    expected = r"htsget: out\.bam: [\d.]+ KiB, 1 blocks, [\d.]+ s, .*/s, BGZF complete$"
+    assert re.match(expected, last)
+    assert "GET http://127.0.0.1" in run("-vv")
+
+
+def on_a_terminal(*args, columns=80):
+    """Run the command line on a pseudo-terminal; its status and what was shown."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["COLUMNS"] = str(columns)
+        os.execv(
+            sys.executable,
+            [sys.executable, os.path.join(HERE, "htsget.py")] + list(args),
+        )
+    shown = b""
+    try:
+        for data in iter(lambda: os.read(terminal, 65536), b""):
+            shown += data
+    except OSError:
+        pass
+    os.close(terminal)
+    return os.waitpid(pid, 0)[1] >> 8, shown.decode()
+
+
+def test_progress_on_a_terminal(server, tmp_path):
+    data = pattern(4 << 20)
+    file = throttle(File(data, damages=[]), 4 << 20)
+    url = server.ticket(
+        [
+            data_uri(b"x"),
+            (server.at("/b", file), {"Range": "bytes=0-%d" % (len(data) - 1)}),
+        ]
+    )
+    status, shown = on_a_terminal(url, "-O", str(tmp_path / "out.bin"), "-c", "1", "-v")
+    assert status == 0
+    lines = [line for line in shown.split("\r") if "MiB of 4.0 MiB" in line]
+    assert 2 <= len(lines) <= 6
+    pattern_of_line = (
+        r"out\.bin: [\d.]+ MiB of 4\.0 MiB, \d+ %, [\d.]+ MiB/s, 0:0\d left,"
+        r" block 2 of 2"
+    )
+    assert re.match(pattern_of_line, lines[-1])
+    assert all(len(line.rstrip("\n")) < 80 for line in lines)
+    last = shown.replace("\r\n", "\n").splitlines()[-1]
+    assert last.split("\r")[-1].startswith("htsget: out.bin: 4.0 MiB, 2 blocks")
+    status, shown = on_a_terminal(url, "-O", str(tmp_path / "out.bin"), "--no-progress")
+    assert (status, shown) == (0, "")
+
+
+def test_no_progress_elsewhere_unless_forced(server, tmp_path):
+    url = server.ticket([data_uri(b"x")])
+    assert htsget_command(url, "-O", str(tmp_path / "o")).stderr == b""
+    shown = io.StringIO()
+    meter = htsget._Meter(shown, "a/b.bam", False)
+    meter._next = 0
+    meter.blocks = 3
+    meter(1 << 20, 4 << 20)
+    meter(2 << 20, 4 << 20)
+    (line,) = shown.getvalue().splitlines()
+    assert line.startswith("b.bam: 1.0 MiB of 4.0 MiB, 25 %")
+
+
+def test_binary_data_is_not_sprayed_on_a_terminal(server):
+    status, shown = on_a_terminal(server.ticket([data_uri(b"\x1b[2J")]))
+    assert status == 2
+    assert "-O -" in shown and "\x1b[2J" not in shown
+    status, shown = on_a_terminal(server.ticket([data_uri(b"abc")]), "-O", "-")
+    assert (status, shown) == (0, "abc")
+
+
+def test_a_broken_pipe_ends_quietly(server):
+    url = server.ticket(sliced(server, pattern(8 << 20)))
+    command = "%s %s/htsget.py %s -O - | head -c 10 >/dev/null; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(
+        ["bash", "-c", command % (sys.executable, HERE, url)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert (done.stdout, done.stderr) == (b"141\n", b"")
+
+
+def test_the_progress_function_is_called(server):
+    data = pattern(100000)
+    calls = []
+    url = server.ticket(sliced(server, data))
+    fetch(url, progress=lambda so_far, total: calls.append((so_far, total)))
+    assert calls[-1] == (100000, 100000)
+    assert calls == sorted(calls)
+    del calls[:]
+    fetch(
+        server.ticket([server.url + "/file"]), progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1] == (100000, 100000)
+
+
+def test_help_and_manual():
+    text = htsget_command("--help").stdout.decode()
+    for words in ("request:", "transfer:", "connection:", "output:", "examples:"):
+        assert words in text
+    done = subprocess.run(
+        [sys.executable, "-m", "pydoc", "htsget"], cwd=HERE, stdout=subprocess.PIPE
+    )
+    assert b"Raises RequestError" in done.stdout
 
 
 # -- the output
