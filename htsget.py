@@ -397,6 +397,8 @@ def _require_header(name: Any, value: Any) -> None:
         raise RequestError(problem)
 
 
+# The many blocks of a ticket often have one URL.
+@functools.lru_cache(maxsize=64)
 def _url_problem(url: str) -> Optional[str]:
     """What keeps a URL from being fetched, in words that do not show it."""
     if re.search("[^\x21-\x7e]", url):
@@ -716,7 +718,7 @@ class _Response(http.client.HTTPResponse):
     """
 
     def begin(self) -> None:
-        """Read the head (called by http.client)."""
+        """Read the head."""
         for _ in range(_INFORMATIONAL_LIMIT):
             version, self.status, reason = self._read_status()  # type: ignore
             self.fields = self._read_fields()
@@ -894,7 +896,7 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
             connection = self._take_idle(key) or self._connection(request, tunnel)
             used_before = connection.sock is not None
             try:
-                response = self._exchange(connection, request, tunnel)
+                response = self._exchange(connection, request)
             except BaseException as error:
                 self._drop(connection)
                 if used_before and isinstance(error, dead) and not self._aborted:
@@ -959,19 +961,23 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
 
     @staticmethod
     def _exchange(
-        connection: http.client.HTTPConnection,
-        request: _HttpRequest,
-        tunnel: Optional[str],
+        connection: http.client.HTTPConnection, request: _HttpRequest
     ) -> _Response:
-        headers = dict(request.unredirected_hdrs)
-        headers.update(request.headers)
-        if tunnel:
+        """Send a request and read the head of its answer.
+
+        What is in it was checked when the URL and the headers came in.
+        """
+        headers = dict(request.unredirected_hdrs, **request.headers)
+        headers["Accept-encoding"] = "identity"
+        if getattr(request, "_tunnel_host", None):
             headers.pop("Proxy-authorization", None)
-        # http.client adds "Accept-Encoding: identity" by itself.
-        named = {name.title(): value for name, value in headers.items()}
-        connection.request(request.get_method(), request.selector, request.data, named)
-        response = connection.getresponse()
-        assert isinstance(response, _Response)
+        lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector)]
+        lines += ["%s: %s" % (name.title(), value) for name, value in headers.items()]
+        head = "\r\n".join(lines + ["", ""]).encode("latin-1")
+        body = request.data if isinstance(request.data, bytes) else b""
+        connection.send(head + body)
+        response = _Response(connection.sock, method=request.get_method())
+        response.begin()
         return response
 
     def _release(
@@ -1143,6 +1149,7 @@ def _load_bundle(context: ssl.SSLContext, bundle: str) -> None:
         raise RequestError(text) from None
 
 
+@functools.lru_cache(maxsize=64)
 def _origin(url: str) -> Tuple[str, str, int]:
     """Scheme, host and port of a URL."""
     parts = urllib.parse.urlsplit(url)
@@ -1765,6 +1772,8 @@ class _Session:
         self._busy_until: Dict[Any, float] = {}
         self.blocks: List[_Block] = []
         self.connections = options.connections
+        # How many blocks `total` has counted, and their bytes.
+        self._sized = self._total = 0
         # How often the ticket was renewed; the origins that know ranges, or do not.
         self.renewals = 0
         self.ranged: Set[Any] = set()
@@ -1880,8 +1889,13 @@ class _Session:
 
     def total(self) -> Optional[int]:
         """Bytes in all blocks; None while one of them is not known."""
-        sizes = [block.size for block in self.blocks]
-        return None if None in sizes else sum(size or 0 for size in sizes)
+        while self._sized < len(self.blocks):
+            size = self.blocks[self._sized].size
+            if size is None:
+                return None
+            self._total += size
+            self._sized += 1
+        return self._total
 
     @staticmethod
     def _outline(ticket: Ticket) -> Tuple[Any, ...]:
@@ -2126,10 +2140,11 @@ class _Window:
 
     def _look(self) -> None:
         """Use more connections, twice as many, if the process is mostly idle."""
-        wall, cpu = time.monotonic(), time.process_time()
+        wall = time.monotonic()
         passed = wall - self._looked[0]
         if passed < _LOOK or self._wanted >= self._most:
             return
+        cpu = time.process_time()
         idle = cpu - self._looked[1] < _IDLE * passed
         self._looked = wall, cpu
         if not idle or self._session.waiting():
