@@ -908,9 +908,29 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
     https_open = http_open
 
     def _take_idle(self, key: Any) -> Optional[http.client.HTTPConnection]:
-        with self._lock:
-            idle = self._idle.get(key)
-            return idle.pop() if idle else None
+        while True:
+            with self._lock:
+                idle = self._idle.get(key)
+                if not idle:
+                    return None
+                connection = idle.pop()
+                handle = self._handles[connection]
+            if self._is_quiet(handle):
+                return connection
+            self._drop(connection)
+
+    @staticmethod
+    def _is_quiet(handle: socket.socket) -> bool:
+        """Whether nothing has come on an idle connection: its end, or bytes that
+        belong to no request."""
+        try:
+            handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except (BlockingIOError, AttributeError):
+            # Windows has no MSG_DONTWAIT.
+            return True
+        except OSError:
+            pass
+        return False
 
     def _connection(
         self, request: _HttpRequest, tunnel: Optional[str]
