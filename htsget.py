@@ -154,9 +154,10 @@ _PIECE_LEAST = 256 << 10
 _LOOK = 0.025
 _IDLE = 0.25
 
-# Seconds without a byte after which idle connections are closed, in case that the
-# server handles one at a time.
+# Seconds without a byte after which idle connections are closed, and after which full
+# parts let go of theirs, in case that the server handles only so many at a time.
 _STARVED = 0.5
+_LET_GO = 3.0
 
 # Seconds between two lines of the progress meter on a terminal, and elsewhere; and the
 # time over which the rate is taken.
@@ -614,19 +615,24 @@ def _parse_json(raw: bytes, what: str) -> Dict[str, Any]:
     def refuse(constant: str) -> Any:
         raise ValueError("%s is not JSON" % constant)
 
+    problem = ""
+    document: Any = None
     try:
         document = json.loads(
             raw.decode("utf-8-sig"), parse_constant=refuse, parse_int=_parse_int
         )
     except UnicodeDecodeError:
-        raise ProtocolError("%s is not UTF-8" % what) from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        text = "%s is not valid JSON: %s" % (what, _printable(str(reason), 100))
-        raise ProtocolError(text) from None
-    if not isinstance(document, dict):
-        raise ProtocolError("%s is not a JSON object" % what)
-    return document
+        problem = "not UTF-8"
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = "not valid JSON: " + _printable(str(error), 100)
+    if not problem and not isinstance(document, dict):
+        problem = "not a JSON object"
+    if problem:
+        # Outside of the handlers: their exceptions hold the text, secrets included.
+        raise ProtocolError("%s is %s" % (what, problem))
+    return dict(document)
 
 
 def _parse_int(digits: str) -> float:
@@ -681,16 +687,16 @@ def _decode_data_uri(uri: str, what: str) -> bytes:
     header, comma, data = uri[5:].partition(",")
     if not comma:
         raise ProtocolError("the data URI of %s has no comma" % what)
+    content: Optional[bytes] = None
     try:
         content = urllib.parse.unquote_to_bytes(data)
-    except UnicodeEncodeError:
-        raise ProtocolError("the data URI of %s is not Unicode" % what) from None
-    if header.split(";")[-1].strip().lower() != "base64":
-        return content
-    try:
-        return base64.b64decode(b"".join(content.split()), validate=True)
-    except binascii.Error:
-        raise ProtocolError("the data URI of %s is not base64" % what) from None
+        if header.split(";")[-1].strip().lower() == "base64":
+            content = base64.b64decode(b"".join(content.split()), validate=True)
+    except (UnicodeEncodeError, binascii.Error):
+        content = None
+    if content is None:
+        raise ProtocolError("the data URI of %s is malformed" % what)
+    return content
 
 
 def _error_text(body: Mapping[str, Any]) -> List[str]:
@@ -755,6 +761,13 @@ class _Response(http.client.HTTPResponse):
                 return fields
             name, value = name.lower(), value.strip()
             fields[name] = fields[name] + ", " + value if name in fields else value
+
+    def _read_and_discard_trailer(self) -> None:
+        """Of the stock class, which reads an endless one for ever."""
+        try:
+            self._read_fields()
+        except http.client.HTTPException:
+            self.will_close = True
 
     def _content_length(self) -> Optional[int]:
         if self.status in (204, 304):
@@ -1003,10 +1016,11 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
     def _release(
         self, key: Any, connection: http.client.HTTPConnection, reusable: bool
     ) -> None:
-        if reusable and not self._aborted:
-            with self._lock:
+        with self._lock:
+            kept = reusable and not self._aborted
+            if kept:
                 self._idle.setdefault(key, []).append(connection)
-        else:
+        if not kept:
             self._drop(connection)
 
     def _drop(self, connection: http.client.HTTPConnection) -> None:
@@ -1192,8 +1206,10 @@ def _network_error(error: Exception, url: str) -> HtsgetException:
         failure = ClientError(int(proxy.group(1)), proxy.group(2), message, where)
     elif isinstance(error, http.client.IncompleteRead):
         failure = ContentLengthMismatch("%s: the answer was cut short" % where)
-    elif isinstance(error, ValueError) or isinstance(error, http.client.InvalidURL):
+    elif isinstance(error, (ValueError, http.client.InvalidURL)):
         return ProtocolError("%s: the request cannot be sent" % where)
+    elif type(error) is http.client.BadStatusLine:
+        return RetryableIOError("%s: the answer is not HTTP" % where)
     elif isinstance(error, socket.timeout):
         failure = RetryableIOError("%s: nothing came for too long" % where)
     else:
@@ -1213,13 +1229,14 @@ def _refusal(answer: _Answer) -> HtsgetException:
     """The exception for an answer that is an error (spec: "Errors")."""
     text, where = answer.text(), _shown(answer.url)
     error, message = answer.reason, text
-    try:
-        body = json.loads(text)
-        body = body.get("htsget", body)
-        error = str(body.get("error", error))
-        message = str(body.get("message", ""))
-    except (ValueError, AttributeError, RecursionError):
-        pass
+    if text.lstrip().startswith("{") or answer.status < 400:
+        # Nothing else of a JSON object is shown: it might be a ticket.
+        message = ""
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            body = json.loads(text)
+            body = body.get("htsget", body)
+            error = str(body.get("error", error))
+            message = str(body.get("message", ""))
     refused = ClientError(
         answer.status, _printable(error, 80), _printable(message), where
     )
@@ -1286,6 +1303,9 @@ class _Stored:
     def __init__(self, first: int) -> None:
         # The first block of those that share it.
         self.first = first
+        # Whether ranges of it were served, or the whole of it instead of a range.
+        self.ranged = False
+        self.rangeless = False
         self.validator: Optional[str] = None
         # The blocks that have bytes of it; -1 stands for those of an earlier run.
         self._users: Set[int] = set()
@@ -1352,10 +1372,11 @@ class _Block:
             self.data = _decode_data_uri(entry.url, "data block %d" % (self.index + 1))
             self.size = len(self.data)
             return
-        self.url, self.headers = _without_userinfo(entry.url)
+        self.url, headers = _without_userinfo(entry.url)
         for name, value in entry.headers.items():
             if name.lower() not in _OWN_HEADERS:
-                self.headers[name.title()] = value
+                headers[name.title()] = value
+        self.headers = headers
         self.origin = _origin(self.url)
         self.range = self.headers.get("Range")
         if self.range is not None:
@@ -1494,8 +1515,12 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
         return _Span(0, length, final=True)
     if block.opaque:
         raise ProtocolError("%s ignores the Range header" % _shown(answer.url))
+    if asked.changed:
+        # The slice of the ticket, or the whole file: only its own Range can tell.
+        block.pinned = True
+        raise _Again("%s ignores the Range header" % _shown(answer.url))
     if length is None:
-        if asked.end is None or block.whole:
+        if asked.end is None or block.whole or block.stored.rangeless:
             return _Span(-block.base, None, final=True)
         return _Span(asked.start, asked.end, guessed=True)
     if length < block.base + asked.start:
@@ -1616,7 +1641,9 @@ class _Part:
         return ProtocolError(text % _shown(self.block.url))
 
 
-def _read_part(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
+def _read_part(
+    session: "_Session", part: _Part
+) -> Generator[Tuple[int, bytes], None, None]:
     """Deliver a part as (offset in the block, bytes), retrying as the policy says.
 
     An offset that goes back means: what came from there on is void.
@@ -1657,11 +1684,11 @@ def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
         if part.position < before:
             yield part.position, b""
         if answer.status == 206 and not span.guessed:
-            session.ranged.add(part.block.origin)
+            part.block.stored.ranged = True
         begun, offset = part.position, span.start
         for data in answer.chunks():
             if span.end is not None and offset + len(data) > span.end:
-                _check_surplus(session, part, asked, span)
+                _check_surplus(part, span)
             # The limit changes when the rest of the block is left to others.
             limit = part.limit()
             surplus = limit is not None and offset + len(data) > limit
@@ -1689,7 +1716,6 @@ def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
         if answer.status in (200, 206):
             block.refused = False
             block.pinned = block.pinned or (own and not part.unproved)
-            block.whole = block.whole or block.origin in session.rangeless
             return asked, answer
         if asked.changed and answer.status == 416 and _is_at_end(part, answer):
             return asked, answer
@@ -1716,25 +1742,20 @@ def _is_at_end(part: _Part, answer: _Answer) -> bool:
     return False
 
 
-def _check_surplus(
-    session: "_Session", part: _Part, asked: _Asked, span: _Span
-) -> None:
+def _check_surplus(part: _Part, span: _Span) -> None:
     """More data came than the answer should have: what was taken for the slice is the
     whole file, which is as good if it begins where the slice does."""
     block = part.block
     if not span.guessed:
         raise _damaged("more data than it announces", block.url)
-    session.rangeless.add(block.origin)
+    block.stored.rangeless = True
     if block.base + span.start == 0:
         return
     block.guessed = False
     if not part.rewindable:
         raise ProtocolError("%s ignores the Range header" % _shown(block.url))
     part.position = part.start
-    if asked.changed:
-        block.pinned = True
-    else:
-        block.whole = True
+    block.whole = True
     raise _Again("%s ignores the Range header" % _shown(block.url))
 
 
@@ -1749,7 +1770,8 @@ def _check_end(
     if span.guessed and answer.framed and block.base + span.start == 0:
         # Slice or whole file, it is the same, and it ends here.
         entire, span = True, span._replace(final=True)
-    if offset < part.position or not entire:
+    ambiguous = span.start < 0 and offset - span.start == block.size
+    if offset < part.position or not entire or ambiguous:
         raise ContentLengthMismatch(
             "%s: the answer ended early, at byte %d of data block %d"
             % (_shown(block.url), offset, block.index + 1)
@@ -1794,10 +1816,8 @@ class _Session:
         self.connections = options.connections
         # How many blocks `total` has counted, and their bytes.
         self._sized = self._total = 0
-        # How often the ticket was renewed; the origins that know ranges, or do not.
+        # How often the ticket was renewed.
         self.renewals = 0
-        self.ranged: Set[Any] = set()
-        self.rangeless: Set[Any] = set()
         self.transport = _Transport(options.timeout, options.ssl_context)
 
     def __enter__(self) -> "_Session":
@@ -2025,7 +2045,7 @@ class _Window:
     def __init__(self, session: _Session, rewindable: bool) -> None:
         self._session = session
         self._rewindable = rewindable
-        self._most = session.connections
+        self._most = min(session.connections, _PARTS_MOST)
         self._slots_most = min(2 * self._most, _PARTS_MOST)
         window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
         # Bytes that one part may hold, and that a block is cut into.
@@ -2038,6 +2058,9 @@ class _Window:
         # Connections that may be used now, and helpers that use one.
         self._wanted = 1
         self._busy = 0
+        # Nothing comes of the part at the head, so that others are to let go of their
+        # connections; and how often that, or the closing of idle ones, has helped.
+        self._starving = False
         self._rescues = 0
         self._failure: Optional[BaseException] = None
         self._closed = False
@@ -2062,9 +2085,12 @@ class _Window:
                     if self._wanted > 1:
                         self._changed.notify_all()
         except _Stopped:
-            raise self._failure or _Stopped from None
+            if self._failure is None:
+                raise
         finally:
             self._close()
+        if self._failure is not None:
+            raise self._failure
 
     def _head(self, offset: int) -> Optional[_Slot]:
         """The part that is to be delivered next; None at the end."""
@@ -2087,12 +2113,16 @@ class _Window:
                 since, closed = time.monotonic(), 0.0
                 while not slot.chunks and not slot.done:
                     self._rest()
-                    if time.monotonic() - since > _STARVED:
-                        since = time.monotonic()
-                        if self._session.transport.close_idle():
-                            closed = since
-                if time.monotonic() - closed < _STARVED / 4:
+                    waited = time.monotonic() - since
+                    idle = self._session.transport.close_idle
+                    if waited > _STARVED and not closed and idle():
+                        closed = time.monotonic()
+                    if waited > _LET_GO and not self._starving:
+                        self._starving, closed = True, time.monotonic()
+                        self._changed.notify_all()
+                if time.monotonic() - closed < _STARVED / 2:
                     self._rescued()
+                self._starving = False
                 chunks, slot.chunks, slot.held = slot.chunks, [], 0
                 self._changed.notify_all()
             yield from chunks
@@ -2100,8 +2130,8 @@ class _Window:
                 return
 
     def _rescued(self) -> None:
-        """An answer came as soon as idle connections were closed. When that happens
-        again, the server handles one connection at a time, so use only one."""
+        """An answer came as soon as others were let go. When that happens again, the
+        server handles fewer connections than there are, so use only one."""
         self._rescues += 1
         if self._rescues == 2:
             self._wanted = self._most = 1
@@ -2143,7 +2173,7 @@ class _Window:
             and block.size - start > self._piece
             and not block.pinned
             and not block.whole
-            and block.origin in self._session.ranged
+            and block.stored.ranged
         )
 
     def _cut_own(self) -> None:
@@ -2174,7 +2204,7 @@ class _Window:
                 self._cut_own()
             if not self._at_end() and not self._closed:
                 self._wanted = min(2 * self._wanted, self._most)
-                while len(self._helpers) < self._wanted:
+                for _ in range(len(self._helpers), self._wanted):
                     self._add_helper()
                 self._changed.notify_all()
 
@@ -2184,16 +2214,21 @@ class _Window:
         thread = threading.Thread(target=self._help, name="htsget")
         # A daemon, so that nothing can keep the process from ending.
         thread.daemon = True
-        self._helpers.append(thread)
-        thread.start()
+        try:
+            thread.start()
+            self._helpers.append(thread)
+        except RuntimeError:
+            # The system has no more threads; go on with those that there are.
+            self._most = max(1, len(self._helpers))
+            self._wanted = min(self._wanted, self._most)
 
     def _help(self) -> None:
         """Read parts ahead until there is nothing more to do."""
         try:
             while True:
                 slot = self._next_ahead()
-                for at, data in _read_part(self._session, slot.part):
-                    self._hand_over(slot, at, data)
+                while not self._read_ahead(slot):
+                    self._wait_for_room(slot)
                 with self._changed:
                     slot.done = True
                     self._busy -= 1
@@ -2218,16 +2253,30 @@ class _Window:
                     return self._claim(own=False)
                 self._rest()
 
-    def _hand_over(self, slot: _Slot, at: int, data: bytes) -> None:
+    def _read_ahead(self, slot: _Slot) -> bool:
+        """Read a part into its slot; False when its connection was let go."""
+        with contextlib.closing(_read_part(self._session, slot.part)) as pieces:
+            for at, data in pieces:
+                with self._changed:
+                    slot.chunks.append((at, data))
+                    slot.held += len(data)
+                    self._changed.notify_all()
+                self._look()
+                if not self._wait_for_room(slot, patient=False):
+                    return False
+        return True
+
+    def _wait_for_room(self, slot: _Slot, patient: bool = True) -> bool:
+        """Wait until a slot is not full; unless `patient`, no longer than there is
+        another part that may be waiting for the connection."""
         with self._changed:
             while slot.held >= self._piece:
+                if self._starving and not patient:
+                    return False
                 self._rest()
             if self._closed:
                 raise _Stopped
-            slot.chunks.append((at, data))
-            slot.held += len(data)
-            self._changed.notify_all()
-        self._look()
+        return True
 
     def _close(self) -> None:
         """End all helpers; none of them outlives this call."""

@@ -882,7 +882,8 @@ def test_a_refusal_is_a_client_error_with_type_and_message(server, status):
         (b"<html>\r\n" + b"x" * 100000, "<html> xxx"),
         (b"", "HTTP 404"),
         (b"[1, 2]", "[1, 2]"),
-        (b'{"htsget": [1]}', "htsget"),
+        (b'{"htsget": [1]}', "HTTP 404"),
+        (b'{"htsget": {"urls": [{"url": "http://h/?sig', "HTTP 404"),
         (b"\xff\x00\x1b[31m", "HTTP 404"),
     ],
 )
@@ -891,6 +892,7 @@ def test_an_error_body_of_any_kind_is_shown_shortened(server, body, shown):
     with pytest.raises(htsget.ClientError) as caught:
         fetch(url)
     assert shown in str(caught.value)
+    assert "sig" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert str(caught.value).isprintable()
 
@@ -1427,6 +1429,26 @@ def test_nothing_is_spliced_that_may_not_belong_together(
     assert written == expected
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+def test_a_server_that_sends_the_slice_whatever_is_asked(server, framing, output):
+    body = File(OLD[1000:201000], ranges=False, framing=framing)
+    cut = damage.cut if framing == "length" else damage.chunked_cut
+    body.damages = [cut(100000)]
+    output = output()
+    ticket = server.ticket([(server.at("/b", body), CLOSED)])
+    htsget.get(ticket, output, **QUICK)
+    written = output.data if isinstance(output, Unseekable) else output.getvalue()
+    assert written == OLD[1000:201000]
+
+
+def test_what_one_url_does_says_nothing_of_another(server):
+    whole = server.at("/whole", File(OLD, ranges=False, framing="chunked"))
+    piece = server.at("/slice", File(OLD[1000:201000], ranges=False, framing="chunked"))
+    data = fetch(server.ticket([(whole, CLOSED), (piece, CLOSED)]))
+    assert data == OLD[1000:201000] * 2
+
+
 def test_a_pipe_never_gets_the_tail_of_another_version(server):
     routes = [
         announce(200, OLD[:100000], 300000, ETag='"1"'),
@@ -1798,6 +1820,58 @@ def test_a_server_that_handles_one_connection_at_a_time():
         server.shutdown()
 
 
+class Workers(Server):
+    """A server with a thread for each of only so many connections."""
+
+    workers = 2
+
+    def process_request(self, request, client_address):
+        self.slots = getattr(self, "slots", None) or threading.Semaphore(self.workers)
+        self.slots.acquire()
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+
+def test_a_server_with_fewer_workers_than_connections(monkeypatch):
+    monkeypatch.setattr(htsget, "_LET_GO", 0.7)
+    with Workers() as server:
+        server.start()
+        data = [pattern(5 << 20, number) for number in range(6)]
+        blocks = [
+            server.at("/%d" % number, throttle(File(one), 20 << 20))
+            for number, one in enumerate(data)
+        ]
+        server.delay = 0.05
+        assert fetch(server.ticket(blocks), timeout=20, connections=8) == b"".join(data)
+        server.shutdown()
+
+
+def test_a_system_without_more_threads(server, monkeypatch):
+    server.delay = 0.03
+    data = pattern(20000)
+    url = server.ticket(sliced(server, data, count=10))
+    start = threading.Thread.start
+    helpers = []
+
+    def start_one(thread):
+        if thread.name != "htsget":
+            start(thread)
+        elif helpers:
+            raise RuntimeError("can't start new thread")
+        else:
+            helpers.append(thread)
+            start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    assert fetch(url) == data
+    assert fetch(url) == data
+
+
 def test_many_small_blocks_of_several_kinds(server):
     server.delay = 0.005
     blocks, expected = [], []
@@ -1955,6 +2029,15 @@ def test_nothing_secret_is_shown(server, route, caplog, monkeypatch):
             )
         assert leaks(caught.value, secrets) == []
     assert not any(secret in caplog.text for secret in secrets)
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"u": "hush-1\xff"}', b'{"u": "hush-1', b'["hush-1"]']
+)
+def test_a_broken_ticket_is_not_shown(server, raw):
+    with pytest.raises(htsget.ProtocolError) as caught:
+        fetch(server.at("/t", raw))
+    assert leaks(caught.value, ["hush-1"]) == []
 
 
 def test_netrc_is_used_when_there_is_no_token(server, monkeypatch, tmp_path, caplog):
