@@ -2594,10 +2594,10 @@ def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
 # The empty BGZF block that ends BAM, BCF and compressed VCF files (SAM spec 4.1.2).
 _BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
-# A BGZF block's header: magic, 6 bytes, XLEN, subfield BC of length 2, BSIZE.
-_BGZF_HEADER = struct.Struct("<I6xHIH")
+# A BGZF block's header: magic, 6 bytes, XLEN and subfield BC of length 2, BSIZE.
+_BGZF_HEADER = struct.Struct("<I6x6sH")
 _BGZF_MAGIC = 0x04088B1F
-_BGZF_SUBFIELD = 0x00024342
+_BGZF_USUAL = b"\6\0BC\2\0"
 
 # The containers that end CRAM files, by version (CRAM spec 9).
 _CRAM_EOF = {
@@ -2656,9 +2656,10 @@ class _Bgzf:
         if self._carried:
             data = self._carried + data
         at, last = self._next - self._start, len(data) - _BGZF_HEADER.size
+        unpack, usual = _BGZF_HEADER.unpack_from, _BGZF_USUAL
         while at <= last:
-            magic, extra, subfield, size = _BGZF_HEADER.unpack_from(data, at)
-            if magic != _BGZF_MAGIC or extra != 6 or subfield != _BGZF_SUBFIELD:
+            magic, fields, size = unpack(data, at)
+            if magic != _BGZF_MAGIC or fields != usual:
                 found = self._odd_header(data, at)
                 if found is None:
                     break
