@@ -20,8 +20,14 @@ Library use:
     with open("NA12878.bam", "wb") as output:
         htsget.get("https://example.org/reads/NA12878", output)
 
-    # The ticket by itself.
+    # As a stream that is read while the data comes.
+    with gzip.open(htsget.open("https://example.org/variants/x"), "rt") as vcf:
+        for line in vcf:
+            ...
+
+    # The ticket by itself, and what the server says of itself.
     ticket = htsget.get_ticket("https://example.org/reads/NA12878")
+    info = htsget.service_info("https://example.org/reads")
 
 Command line:
 
@@ -3568,7 +3574,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_request_options(add: Callable[..., Any]) -> None:
-    add("-f", "--format", dest="data_format", help="BAM, CRAM, VCF or BCF")
+    text = "BAM, CRAM, VCF or BCF"
+    add("-f", "--format", dest="data_format", metavar="FORMAT", help=text)
     add("-r", "--reference-name", metavar="NAME", help="reference, such as chr1")
     add("-m", "--reference-md5", metavar="MD5", help="MD5 of the reference's sequence")
     add("-s", "--start", type=int, metavar="N", help="first position, 0-based")

@@ -857,6 +857,27 @@ def test_a_file_instead_of_a_ticket_is_given_up_early(server):
     assert server.sent < 20 << 20
 
 
+def test_endless_json_is_cut_off_at_the_bound(server, monkeypatch):
+    monkeypatch.setattr(htsget, "_TICKET_LIMIT", 1 << 20)
+
+    def endless(handler):
+        handler.head(200, {"Connection": "close"})
+        handler.send(b'{"x": "')
+        while True:
+            handler.send(b"x" * 65536)
+
+    with pytest.raises(htsget.ProtocolError, match="too large"):
+        fetch(server.at("/t", endless))
+    assert server.sent < 20 << 20
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown():
+    for options in ({"bearer_token": "hush\n"}, {"headers": {"X-A": "hush\r"}}):
+        with pytest.raises(htsget.RequestError) as caught:
+            fetch("https://localhost/", **options)
+        assert "hush" not in repr(caught.value)
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 451, 501])
 def test_a_refusal_is_a_client_error_with_type_and_message(server, status):
     body = {"htsget": {"error": "SomeType", "message": "some text"}}
