@@ -1016,7 +1016,12 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         body = request.data if isinstance(request.data, bytes) else b""
         connection.send(head + body)
         response = _Response(connection.sock, method=request.get_method())
-        response.begin()
+        try:
+            response.begin()
+        except BaseException:
+            # Its file object would keep the socket open.
+            response.close()
+            raise
         return response
 
     def _release(
@@ -2116,17 +2121,19 @@ class _Window:
         """What a helper reads of a part, as it comes."""
         while True:
             with self._changed:
-                since, closed = time.monotonic(), 0.0
+                since = looked = time.monotonic()
+                let_go = 0.0
                 while not slot.chunks and not slot.done:
                     self._rest()
-                    waited = time.monotonic() - since
-                    idle = self._session.transport.close_idle
-                    if waited > _STARVED and not closed and idle():
-                        closed = time.monotonic()
-                    if waited > _LET_GO and not self._starving:
-                        self._starving, closed = True, time.monotonic()
+                    now = time.monotonic()
+                    if now - looked > _STARVED:
+                        looked = now
+                        if self._session.transport.close_idle():
+                            let_go = now
+                    if now - since > _LET_GO and not self._starving:
+                        self._starving, let_go = True, now
                         self._changed.notify_all()
-                if time.monotonic() - closed < _STARVED / 2:
+                if time.monotonic() - let_go < _STARVED / 2:
                     self._rescued()
                 self._starving = False
                 chunks, slot.chunks, slot.held = slot.chunks, [], 0
