@@ -677,10 +677,12 @@ def _check_ticket(ticket: Ticket) -> None:
         raise ProtocolError("the ticket's md5 is not 32 hexadecimal digits")
     for number, block in enumerate(ticket.blocks, 1):
         what = "data block %d" % number
+        problem = None
         if block.url[:5].lower() == "data:":
             _decode_data_uri(block.url, what)
-        elif _url_problem(block.url):
+        else:
             problem = _url_problem(block.url)
+        if problem:
             raise ProtocolError("cannot use the URL of %s: %s" % (what, problem))
         for name, value in block.headers.items():
             problem = _header_problem(name, value)
@@ -1533,8 +1535,8 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     if length is None:
         if asked.end is None or block.whole or block.stored.rangeless:
             return _Span(-block.base, None, final=True)
-        return _Span(asked.start, asked.end, guessed=True)
-    if length < block.base + asked.start:
+        return _Span(0, asked.end, guessed=True)
+    if length < block.base:
         raise _damaged("less than the range that was asked for", answer.url)
     return _Span(-block.base, length - block.base, final=True)
 
@@ -1581,7 +1583,7 @@ class _Part:
         beyond = limit is not None and self.position == self.start > limit
         return self.position == limit or beyond
 
-    def begin(self, asked: _Asked, span: _Span, answer: _Answer) -> None:
+    def begin(self, span: _Span, answer: _Answer) -> None:
         """Get ready for an answer: is it the same object, does it repeat bytes?"""
         block = self.block
         if self._is_other(span, answer) or (block.guessed and not span.guessed):
@@ -1691,7 +1693,7 @@ def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
             return
         before = part.position
         span = _locate(part.block, asked, answer)
-        part.begin(asked, span, answer)
+        part.begin(span, answer)
         if part.position < before:
             yield part.position, b""
         if answer.status == 206 and not span.guessed:
@@ -2556,7 +2558,15 @@ def _open_locked(path: str) -> BinaryIO:
         stream.close()
 
 
-class _DeviceOutput(_Output):
+class _OpenedOutput(_Output):
+    """A stream that was opened here, as for /dev/stdout, and is closed here."""
+
+    def close(self) -> None:
+        """Close the stream."""
+        self._stream.close()
+
+
+class _DeviceOutput(_OpenedOutput):
     """A path that is no regular file: a device or a FIFO, written directly."""
 
     def __init__(self, path: str) -> None:
@@ -2567,21 +2577,6 @@ class _DeviceOutput(_Output):
     def rewind(self, position: int) -> None:
         """Go back; a device has no length that could be cut."""
         self._stream.seek((self._start or 0) + position)
-
-    def close(self) -> None:
-        """Close the device."""
-        self._stream.close()
-
-
-class _DescriptorOutput(_Output):
-    """One of the process's own file descriptors, such as /dev/stdout."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(io.open(os.dup(descriptor), "wb", buffering=0))
-
-    def close(self) -> None:
-        """Close the duplicate."""
-        self._stream.close()
 
 
 def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
@@ -2594,7 +2589,7 @@ def _open_output(output: Union[BinaryIO, str, "os.PathLike[str]"]) -> _Output:
     )
     if own:
         number = own.group(3) or {"stdout": "1", "stderr": "2"}[own.group(2)]
-        return _DescriptorOutput(int(number))
+        return _OpenedOutput(io.open(os.dup(int(number)), "wb", buffering=0))
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -2811,6 +2806,11 @@ class _Verifier:
         if self._md5 is not None and self._md5.hexdigest() != self._expected:
             text = "the MD5 of the data is %s, but the ticket says %s"
             raise IntegrityError(text % (self._md5.hexdigest(), self._expected))
+
+
+def _new_verifier(ticket: Ticket, options: _Options) -> _Verifier:
+    """The verifier that a transfer's options ask for."""
+    return _Verifier(ticket, options.data_class == "header", options.verify)
 
 
 def _new_md5() -> Any:
@@ -3034,9 +3034,7 @@ def service_info(url: str, **options: Any) -> Dict[str, Any]:
     path = re.sub(r"(.*/(reads|variants))(/.*)?\Z", r"\1/service-info", parts.path)
     if not path.endswith("/service-info"):
         path = path.rstrip("/") + "/service-info"
-    named = _Options(
-        bearer_token=known.bearer_token, headers=known.headers, data_format=None
-    )
+    named = _Options(bearer_token=known.bearer_token, headers=known.headers)
     request = _TicketRequest(parts._replace(path=path).geturl(), named)
     with _Session(request, known) as session:
         return session.document()
@@ -3082,7 +3080,7 @@ class _Stream(io.RawIOBase):
     def _verified(
         self, ticket: Ticket, options: _Options
     ) -> Generator[bytes, None, None]:
-        verifier = _Verifier(ticket, options.data_class == "header", options.verify)
+        verifier = _new_verifier(ticket, options)
         position = 0
         with contextlib.closing(_Window(self._session, False).chunks(0, 0)) as chunks:
             for chunk in chunks:
@@ -3208,11 +3206,7 @@ class _Writer:
         self._ticket = ticket
         self._output = output
         self._options = options
-        self._verifier = self._marked = self._new_verifier()
-
-    def _new_verifier(self) -> _Verifier:
-        header_only = self._options.data_class == "header"
-        return _Verifier(self._ticket, header_only, self._options.verify)
+        self._verifier = self._marked = _new_verifier(ticket, options)
 
     def begin(self, first: bool) -> None:
         """Go on where an earlier run stopped, if that is beyond doubt."""
@@ -3223,19 +3217,15 @@ class _Writer:
                 return
             except IntegrityError as error:
                 _log.warning("starting over: what was kept is wrong: %s", error)
-                self._verifier = self._new_verifier()
+                self._verifier = _new_verifier(self._ticket, self._options)
         self._marked = self._verifier.copy()
         self._output.clear(written=not first)
 
     def _go_on(self, place: _Place) -> None:
         """Verify what was kept, and take up the state of the block that comes next."""
-        if self._options.verify:
-            for data in self._output.kept(0, place.begin):
-                self._verifier.feed(data)
+        self._feed_kept(0, place.begin)
         self._marked = self._verifier.copy()
-        if self._options.verify:
-            for data in self._output.kept(place.begin, place.position):
-                self._verifier.feed(data)
+        self._feed_kept(place.begin, place.position)
         blocks = self._session.blocks
         if place.block == len(blocks):
             self._verifier.copy().finish()
@@ -3244,6 +3234,11 @@ class _Writer:
         for first, validator in place.validators.items():
             blocks[int(first)].stored.recall(validator)
         self.block, self.start, self.position = place[:3]
+
+    def _feed_kept(self, start: int, stop: int) -> None:
+        if self._options.verify:
+            for data in self._output.kept(start, stop):
+                self._verifier.feed(data)
 
     def take(self, chunk: _Chunk) -> None:
         """Write a chunk; one that goes back in its block makes the block begin anew."""
