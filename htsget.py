@@ -82,6 +82,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Pattern,
     Set,
     TextIO,
     Tuple,
@@ -723,95 +724,230 @@ _UNTRUSTED = (
 # What the standard library raises for broken connections and broken answers.
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
 
+# What it raises for a connection that the other side has closed.
+_DEAD = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
-class _Response(http.client.HTTPResponse):
-    """An answer whose head is read here, which is strict and bounded, and takes half
-    the time that the standard library's e-mail parser does.
+# How to see what has come unasked; Windows cannot.
+_PEEK = 0
+if hasattr(socket, "MSG_DONTWAIT"):
+    _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
-    `fields` are the headers, by lower-case name.
+# The head of an answer, and the framing of its body.
+_LINE_END = re.compile(rb"\n")
+_BLANK_LINE = re.compile(rb"^\r?\n", re.M)
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(| .*)\r?\n\Z")
+_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n\Z")
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,18}\Z")
+
+
+class _Connection:
+    """A connection to a server, and what has come over it and was not taken yet.
+
+    http.client connects. A second handle on the socket allows another thread to shut it
+    down, whatever this one is doing.
     """
 
-    def begin(self) -> None:
-        """Read the head."""
+    def __init__(self, made: http.client.HTTPConnection) -> None:
+        self._made = made
+        # What http.client calls to get a socket.
+        made._create_connection = self._connect  # type: ignore
+        self._handle: Optional[socket.socket] = None
+        self._lock = threading.Lock()
+        self._shut = False
+        # What came ahead of being asked for, and how much of that was taken.
+        self._ahead = b""
+        self._taken = 0
+
+    def _connect(
+        self, address: Tuple[str, int], timeout: Optional[float], source: Any = None
+    ) -> socket.socket:
+        """socket.create_connection, with a handle on the socket from the beginning."""
+        failure = OSError("no address for %s" % address[0])
+        for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            plain = socket.socket(*found[:3])
+            with self._lock:
+                self._handle = plain.dup()
+            try:
+                plain.settimeout(timeout)
+                if not self._shut:
+                    plain.connect(found[4])
+                if self._shut:
+                    raise ConnectionAbortedError("given up")
+                return plain
+            except OSError as error:
+                failure = error
+                plain.close()
+                self._close_handle()
+        raise failure
+
+    def is_open(self) -> bool:
+        """Whether it is connected, which a first request does."""
+        return self._handle is not None
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come on an idle connection: its end, or bytes that
+        belong to no request."""
+        if self._ahead or self._handle is None:
+            return False
+        try:
+            if _PEEK:
+                self._handle.recv(1, _PEEK)
+            return not _PEEK
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def ask(self, message: bytes) -> None:
+        """Send a request and wait until something comes for it."""
+        self._made.send(message)
+        self._ahead = self._made.sock.recv(_CHUNK)
+        if not self._ahead:
+            raise http.client.RemoteDisconnected("closed without an answer")
+
+    def take(self, most: int) -> bytes:
+        """The next bytes, as many as there are up to `most`; b"" at the end."""
+        if not self._ahead:
+            return self._made.sock.recv(most)
+        return self._take_ahead(self._taken + most)
+
+    def take_to(self, end: Pattern[bytes]) -> str:
+        """What comes up to a match of `end`, with that."""
+        while True:
+            match = end.search(self._ahead, self._taken)
+            if match:
+                return self._take_ahead(match.end()).decode("latin-1")
+            self._ahead, self._taken = self._ahead[self._taken :], 0
+            if len(self._ahead) > _HEAD_LIMIT:
+                raise http.client.HTTPException("a line or head that is too long")
+            data = self._made.sock.recv(_CHUNK)
+            if not data:
+                raise http.client.IncompleteRead(b"")
+            self._ahead += data
+
+    def _take_ahead(self, stop: int) -> bytes:
+        data = self._ahead[self._taken : stop]
+        self._taken += len(data)
+        if self._taken == len(self._ahead):
+            self._ahead, self._taken = b"", 0
+        return data
+
+    def shut_down(self) -> None:
+        """End it for good; a thread that waits for it gets an error."""
+        self._shut = True
+        with self._lock:
+            if self._handle is not None:
+                with contextlib.suppress(OSError):
+                    self._handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._made.close()
+        self._close_handle()
+
+    def _close_handle(self) -> None:
+        with self._lock:
+            if self._handle is not None:
+                self._handle.close()
+
+
+class _Answer:
+    """One HTTP answer: status, headers, and a body whose bytes are counted.
+
+    The head is read here, which is strict and bounded, and takes half the time that the
+    standard library's e-mail parser does.
+    """
+
+    def __init__(
+        self, url: str, connection: _Connection, release: Callable[[bool], None]
+    ) -> None:
+        self.url = url
+        self._connection = connection
+        self._release = release
         for _ in range(_INFORMATIONAL_LIMIT):
-            version, self.status, reason = self._read_status()  # type: ignore
-            self.fields = self._read_fields()
+            persistent = self._read_status()
+            # By lower-case name.
+            self.headers = self._read_fields()
             if self.status >= 200:
                 break
         else:
             raise http.client.HTTPException("endless informational answers")
-        self.code, self.reason = self.status, reason.strip()
-        self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
-        options = self.fields.get("connection", "").lower()
-        self.will_close = "close" in options or (
-            self.version == 10 and "keep-alive" not in options
-        )
-        coding = self.fields.get("transfer-encoding", "").lower()
+        options = self.headers.get("connection", "").lower()
+        if "close" in options or not (persistent or "keep-alive" in options):
+            persistent = False
+        coding = self.headers.get("transfer-encoding", "").lower()
         if coding not in ("", "chunked"):
             raise http.client.HTTPException("unknown Transfer-Encoding")
-        self.chunked, self.chunk_left = bool(coding), None
+        self._chunked = bool(coding)
+        # Bytes that are missing of a chunk; None before the first one.
+        self._chunk_left: Optional[int] = None
+        # The body's length in bytes, None where only its end will tell; and whether
+        # that end can be told from a cut connection.
         self.length = None if coding else self._content_length()
-        if self.length is None and not coding:
-            self.will_close = True
+        self.framed = self._chunked or self.length is not None
+        self._reusable = self.framed and persistent
+
+    def _read_status(self) -> bool:
+        """Read the first line; whether connections of its version are kept."""
+        line = self._connection.take_to(_LINE_END)
+        match = _STATUS_LINE.match(line)
+        if match is None:
+            raise http.client.BadStatusLine(line)
+        self.status, self.reason = int(match.group(2)), match.group(3).strip()
+        return match.group(1) != "0"
 
     def _read_fields(self) -> Dict[str, str]:
+        """Read headers or trailers."""
         fields: Dict[str, str] = {}
-        size = 0
-        while True:
-            line = self.fp.readline(_HEAD_LIMIT)
-            size += len(line)
-            if not line.endswith(b"\n") or size >= _HEAD_LIMIT:
-                raise http.client.HTTPException("a head that is too long or cut off")
-            name, colon, value = line.decode("latin-1").partition(":")
-            if not colon:
-                if name.strip():
-                    raise http.client.HTTPException("a malformed header")
-                return fields
-            name, value = name.lower(), value.strip()
-            fields[name] = fields[name] + ", " + value if name in fields else value
-
-    def _read_and_discard_trailer(self) -> None:
-        """Of the stock class, which reads an endless one for ever."""
-        try:
-            self._read_fields()
-        except http.client.HTTPException:
-            self.will_close = True
+        for line in self._connection.take_to(_BLANK_LINE).split("\n"):
+            name, colon, value = line.partition(":")
+            if colon:
+                name, value = name.lower(), value.strip()
+                fields[name] = fields[name] + ", " + value if name in fields else value
+            elif name.strip():
+                raise http.client.HTTPException("a malformed header")
+        return fields
 
     def _content_length(self) -> Optional[int]:
         if self.status in (204, 304):
             return 0
-        value = self.fields.get("content-length")
-        if value is not None and not re.match(r"\d{1,18}\Z", value, re.A):
+        value = self.headers.get("content-length")
+        if value is None:
+            return None
+        if not _CONTENT_LENGTH.match(value):
             raise http.client.HTTPException("a malformed Content-Length")
-        return None if value is None else int(value)
+        return int(value)
 
-    def _read_next_chunk_size(self) -> int:
-        """Of the stock class, which takes a line that was cut off, or a negative
-        number, for a size."""
-        line = self.fp.readline(_HEAD_LIMIT)
-        match = re.match(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n\Z", line)
-        if match is None:
+    def _next(self, most: int) -> bytes:
+        """The next bytes of the body; b"" at its end, or where the connection's is."""
+        if not self._chunked:
+            return self._connection.take(most)
+        if not self._chunk_left:
+            self._chunk_left = self._next_chunk()
+            if self._chunk_left == 0:
+                return b""
+        data = self._connection.take(min(most, self._chunk_left))
+        if not data:
             raise http.client.IncompleteRead(b"")
-        return int(match.group(1), 16)
+        self._chunk_left -= len(data)
+        return data
 
-
-class _Answer:
-    """One HTTP answer: status, headers, and a body whose bytes are counted."""
-
-    def __init__(
-        self, url: str, response: _Response, release: Callable[[bool], None]
-    ) -> None:
-        self.url = url
-        self.status = response.status
-        self.reason = response.reason
-        # By lower-case name.
-        self.headers = response.fields
-        self._response = response
-        self._release = release
-        # The body's length in bytes, None where only its end will tell; and whether
-        # that end can be told from a cut connection.
-        self.length = response.length
-        self.framed = response.chunked or response.length is not None
+    def _next_chunk(self) -> int:
+        """The size of the next chunk; 0 at the body's end."""
+        if self._chunk_left == 0:
+            end = self._connection.take_to(_LINE_END)
+        else:
+            end = ""
+        match = _CHUNK_SIZE.match(self._connection.take_to(_LINE_END))
+        if match is None or end.strip():
+            raise http.client.IncompleteRead(b"")
+        size = int(match.group(1), 16)
+        if size == 0:
+            try:
+                self._read_fields()
+            except http.client.HTTPException:
+                self._reusable = False
+        return size
 
     def chunks(self) -> Iterator[bytes]:
         """The body, piece by piece; ContentLengthMismatch when it ends early."""
@@ -821,7 +957,7 @@ class _Answer:
         while left is None or left > 0:
             try:
                 most = _CHUNK if left is None else min(_CHUNK, left)
-                data = self._response.read1(most)
+                data = self._next(most)
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url)
             if not data:
@@ -842,12 +978,11 @@ class _Answer:
             raise ContentLengthMismatch(
                 "%s: the answer ended %d bytes early" % (_shown(self.url), left)
             )
-        self._finish(self.framed and not self._response.will_close)
+        self._finish(self._reusable)
 
     def _finish(self, reusable: bool) -> None:
-        """Let go of the connection; its response must be closed before the next."""
+        """Let go of the connection, once."""
         release, self._release = self._release, lambda reusable: None
-        self._response.close()
         release(reusable)
 
     def close(self) -> None:
@@ -893,142 +1028,88 @@ class _HttpRequest(urllib.request.Request):
 class _KeepAlive(urllib.request.AbstractHTTPHandler):
     """Send requests over connections that are kept and used again.
 
-    The stock handlers close every connection after one answer. A second handle on each
-    socket in use allows another thread to shut it down, whatever it is doing.
+    The stock handlers close every connection after one answer.
     """
 
     def __init__(self, ssl_context: Optional[ssl.SSLContext]) -> None:
         super().__init__()
         self._ssl_context = ssl_context
         self._lock = threading.Lock()
-        self._idle: Dict[Any, List[http.client.HTTPConnection]] = {}
-        self._handles: Dict[http.client.HTTPConnection, socket.socket] = {}
+        # All connections, and those that are idle.
+        self._open: Set[_Connection] = set()
+        self._idle: Dict[Any, List[_Connection]] = {}
         self._aborted = False
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def http_open(self, request: _HttpRequest) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
-        # An idle connection may have died meanwhile: that costs no retry.
-        dead = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
         tunnel = getattr(request, "_tunnel_host", None)
         key = (request.type, request.host, tunnel)
+        message = self._message(request, tunnel)
         while True:
-            connection = self._take_idle(key) or self._connection(request, tunnel)
-            used_before = connection.sock is not None
+            connection = self._take_idle(key) or self._new(request, tunnel)
+            used_before, answered = connection.is_open(), False
             try:
-                response = self._exchange(connection, request)
+                connection.ask(message)
+                answered = True
+                release = functools.partial(self._release, key, connection)
+                return _Answer(request.full_url, connection, release)
             except BaseException as error:
                 self._drop(connection)
-                if used_before and isinstance(error, dead) and not self._aborted:
-                    continue
-                raise
-            release = functools.partial(self._release, key, connection)
-            return _Answer(request.full_url, response, release)
+                # An idle connection may have died meanwhile: that costs no retry.
+                dead = isinstance(error, _DEAD) and used_before and not answered
+                if not dead or self._aborted:
+                    raise
 
     https_open = http_open
 
-    def _take_idle(self, key: Any) -> Optional[http.client.HTTPConnection]:
+    def _take_idle(self, key: Any) -> Optional[_Connection]:
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
                 connection = idle.pop()
-                handle = self._handles[connection]
-            if self._is_quiet(handle):
+            if connection.is_quiet():
                 return connection
             self._drop(connection)
 
-    @staticmethod
-    def _is_quiet(handle: socket.socket) -> bool:
-        """Whether nothing has come on an idle connection: its end, or bytes that
-        belong to no request."""
-        try:
-            handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except (BlockingIOError, AttributeError):
-            # Windows has no MSG_DONTWAIT.
-            return True
-        except OSError:
-            pass
-        return False
-
-    def _connection(
-        self, request: _HttpRequest, tunnel: Optional[str]
-    ) -> http.client.HTTPConnection:
+    def _new(self, request: _HttpRequest, tunnel: Optional[str]) -> _Connection:
         """A new connection, to the proxy where there is one."""
         host, timeout = request.host or "", request.timeout
         if request.type == "http":
-            connection = http.client.HTTPConnection(host, timeout=timeout)
+            made = http.client.HTTPConnection(host, timeout=timeout)
         else:
             context = self._ssl_context or _default_ssl_context()
-            connection = http.client.HTTPSConnection(
-                host, timeout=timeout, context=context
-            )
+            made = http.client.HTTPSConnection(host, timeout=timeout, context=context)
             if tunnel:
                 login = request.headers.get("Proxy-authorization")
                 headers = {"Proxy-Authorization": login} if login else {}
-                connection.set_tunnel(tunnel, headers=headers)
-        connection.response_class = _Response
-        # What http.client calls to get a socket.
-        connect = functools.partial(self._connect, connection)
-        connection._create_connection = connect  # type: ignore
+                made.set_tunnel(tunnel, headers=headers)
+        connection = _Connection(made)
+        with self._lock:
+            if self._aborted:
+                raise ConnectionAbortedError("given up")
+            self._open.add(connection)
         return connection
 
-    def _connect(
-        self,
-        connection: http.client.HTTPConnection,
-        address: Tuple[str, int],
-        timeout: Optional[float],
-        source: Any = None,
-    ) -> socket.socket:
-        """socket.create_connection, with a handle on the socket from the beginning."""
-        failure = OSError("no address for %s" % address[0])
-        for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            plain = socket.socket(*found[:3])
-            with self._lock:
-                self._handles[connection] = plain.dup()
-            try:
-                if self._aborted:
-                    raise ConnectionAbortedError("given up")
-                plain.settimeout(timeout)
-                plain.connect(found[4])
-                return plain
-            except OSError as error:
-                failure = error
-                plain.close()
-                self._drop(connection)
-        raise failure
-
     @staticmethod
-    def _exchange(
-        connection: http.client.HTTPConnection, request: _HttpRequest
-    ) -> _Response:
-        """Send a request and read the head of its answer.
+    def _message(request: _HttpRequest, tunnel: Optional[str]) -> bytes:
+        """A request as it is sent.
 
         What is in it was checked when the URL and the headers came in.
         """
         headers = dict(request.unredirected_hdrs, **request.headers)
         headers["Accept-encoding"] = "identity"
-        if getattr(request, "_tunnel_host", None):
+        if tunnel:
             headers.pop("Proxy-authorization", None)
         lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector)]
         lines += ["%s: %s" % (name.title(), value) for name, value in headers.items()]
-        head = "\r\n".join(lines + ["", ""]).encode("latin-1")
         body = request.data if isinstance(request.data, bytes) else b""
-        connection.send(head + body)
-        response = _Response(connection.sock, method=request.get_method())
-        try:
-            response.begin()
-        except BaseException:
-            # Its file object would keep the socket open.
-            response.close()
-            raise
-        return response
+        return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
 
-    def _release(
-        self, key: Any, connection: http.client.HTTPConnection, reusable: bool
-    ) -> None:
+    def _release(self, key: Any, connection: _Connection, reusable: bool) -> None:
         with self._lock:
             kept = reusable and not self._aborted
             if kept:
@@ -1036,12 +1117,10 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         if not kept:
             self._drop(connection)
 
-    def _drop(self, connection: http.client.HTTPConnection) -> None:
+    def _drop(self, connection: _Connection) -> None:
         connection.close()
         with self._lock:
-            handle = self._handles.pop(connection, None)
-        if handle is not None:
-            handle.close()
+            self._open.discard(connection)
 
     def close_idle(self) -> bool:
         """Close the idle connections, if there are any."""
@@ -1057,11 +1136,8 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         self._aborted = True
         self.close_idle()
         with self._lock:
-            for handle in self._handles.values():
-                try:
-                    handle.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+            for connection in self._open:
+                connection.shut_down()
 
 
 class _Redirects(urllib.request.BaseHandler):
@@ -1305,6 +1381,11 @@ class _Retry:
 # ---- reading one part
 
 
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})\Z")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)\Z")
+_SIGNED = re.compile(r"[?&]X-Amz-SignedHeaders=([^&]*)", re.I)
+
+
 class _ObjectChanged(RetryableError):
     """What is behind a URL is not what earlier blocks were taken from."""
 
@@ -1394,13 +1475,13 @@ class _Block:
         self.range = self.headers.get("Range")
         if self.range is not None:
             self._read_range(self.range)
-        signed = re.search(r"[?&]X-Amz-SignedHeaders=([^&]*)", self.url, re.I)
+        signed = _SIGNED.search(self.url)
         if signed:
             names = urllib.parse.unquote(signed.group(1)).lower()
             self.pinned = self.pinned or "range" in names.split(";")
 
     def _read_range(self, text: str) -> None:
-        match = re.match(r"bytes=(\d{1,18})-(\d{0,18})\Z", text.strip().lower(), re.A)
+        match = _RANGE.match(text.strip().lower())
         if match is None:
             self.opaque = self.pinned = True
             return
@@ -1495,7 +1576,7 @@ def _locate_partial(block: _Block, asked: _Asked, answer: _Answer, text: str) ->
     The total behind the slash is not checked: some servers give the slice's length. It
     only helps to tell whether a short answer is short because the file ends.
     """
-    match = re.match(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\Z", text, re.A)
+    match = _CONTENT_RANGE.match(text)
     if not match:
         raise _damaged("a malformed Content-Range", answer.url)
     first, stop = int(match.group(1)), int(match.group(2)) + 1
@@ -1565,8 +1646,7 @@ class _Part:
         # Whether the part can be delivered again from the block's start; if not, what
         # was delivered is known by its digest.
         self.rewindable = rewindable and start == 0
-        self._delivered = hashlib.sha256()
-        self._repeated = hashlib.sha256()
+        self._delivered = self._repeated = None if self.rewindable else hashlib.sha256()
         # What was delivered must be compared with an answer from the block's start
         # before anything can be added to it.
         self.unproved = False
@@ -1600,10 +1680,10 @@ class _Part:
                 raise self._differs()
             block.size = span.end
         if span.start < self.position:
-            self._repeated = hashlib.sha256()
             if self.rewindable:
                 self.position = self.start
             else:
+                self._repeated = hashlib.sha256()
                 self.unproved = True
         block.guessed = span.guessed and block.base + span.start > 0
 
@@ -1638,14 +1718,15 @@ class _Part:
         """What is new in the `data` at `offset`; the rest must repeat what was."""
         if offset < self.position:
             new = min(self.position - offset, len(data))
-            self._repeated.update(data[min(max(0, self.start - offset), new) : new])
-            if offset + new == self.position and not self.rewindable:
-                if self._repeated.digest() != self._delivered.digest():
-                    raise self._differs()
-                self.unproved = False
+            if self._repeated is not None and self._delivered is not None:
+                self._repeated.update(data[max(0, self.start - offset) : new])
+                if offset + new == self.position:
+                    if self._repeated.digest() != self._delivered.digest():
+                        raise self._differs()
+                    self.unproved = False
             data = data[new:]
         self.position += len(data)
-        if not self.rewindable:
+        if self._delivered is not None:
             self._delivered.update(data)
         return data
 
@@ -2324,6 +2405,7 @@ class _Output:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self._raw = isinstance(stream, io.RawIOBase)
         # Where the data begins, if the stream can be taken back there.
         self._start: Optional[int] = None
         try:
@@ -2358,7 +2440,7 @@ class _Output:
         """Write all of `data`; a raw stream may take it in several bites."""
         while data:
             count = self._stream.write(data)
-            if not isinstance(self._stream, io.RawIOBase):
+            if not self._raw:
                 return
             if not count:
                 raise BlockingIOError(errno.EAGAIN, "the output takes no more data")
