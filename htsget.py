@@ -156,10 +156,13 @@ _WINDOW_MOST = 32 << 20
 _PARTS_MOST = 128
 _PIECE_LEAST = 256 << 10
 
-# Seconds between two looks at whether the process is mostly idle, so that more
-# connections would pay; and the share of a processor below which it is.
+# Seconds between two looks at how busy the process is; the share of a processor below
+# which it is mostly idle, so that more connections would pay, and above which they do
+# not; and how many looks in a row have to say so before one connection is tried again.
 _LOOK = 0.025
 _IDLE = 0.25
+_BUSY = 0.9
+_BUSY_LOOKS = 10
 
 # Seconds without a byte after which idle connections are closed, and after which full
 # parts let go of theirs, in case that the server handles only so many at a time.
@@ -1643,10 +1646,10 @@ class _Part:
         self.end = end
         # The next byte to deliver, and the most that was ever reached.
         self.position = self.reached = max(start, position)
-        # Whether the part can be delivered again from the block's start; if not, what
-        # was delivered is known by its digest.
-        self.rewindable = rewindable and start == 0
-        self._delivered = self._repeated = None if self.rewindable else hashlib.sha256()
+        # Whether the part can be delivered again; if not, what was delivered is known
+        # by its digest.
+        self.rewindable = rewindable
+        self._delivered = self._repeated = None if rewindable else hashlib.sha256()
         # What was delivered must be compared with an answer from the block's start
         # before anything can be added to it.
         self.unproved = False
@@ -1697,6 +1700,8 @@ class _Part:
         )
         shrunk = span.final and span.end is not None and span.end < block.announced
         alone = self.start == 0 and self.end in (None, block.size)
+        if shrunk and not alone:
+            raise _ObjectChanged("what is behind the URL has changed")
         if validator is None:
             return shrunk
         return not block.stored.agree(validator, block.index, alone) or shrunk
@@ -2101,12 +2106,13 @@ def _shape(entry: DataBlock) -> Tuple[Any, ...]:
 
 
 class _Chunk(NamedTuple):
-    """Bytes of a block at an `offset` in it.
+    """Bytes of a block at an `offset` in it, of the part that begins at `start`.
 
-    When the offset goes back, what came of the block from there on is void.
+    When the offset goes back, what came of the part is void.
     """
 
     block: int
+    start: int
     offset: int
     data: bytes
 
@@ -2132,8 +2138,8 @@ class _Window:
 
     At first the caller's thread reads by itself, with one connection; that is the
     fastest way when the processor is the limit. While the process is mostly idle,
-    helper threads are added. They read ahead into a window of bounded size; from then
-    on the caller's thread only delivers.
+    helper threads are added. They read ahead into a window of bounded size, and the
+    caller's thread only delivers, until the processor turns out to be the limit.
     """
 
     def __init__(self, session: _Session, rewindable: bool) -> None:
@@ -2147,7 +2153,10 @@ class _Window:
         # The block and the offset in it that nobody has claimed yet.
         self._cursor = 0, 0
         self._slots: Deque[_Slot] = collections.deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        # Something came for the caller's thread; there is something for a helper to do.
+        self._arrived = threading.Condition(self._lock)
+        self._needed = threading.Condition(self._lock)
         self._helpers: List[threading.Thread] = []
         # Connections that may be used now, and helpers that use one.
         self._wanted = 1
@@ -2158,8 +2167,11 @@ class _Window:
         self._rescues = 0
         self._failure: Optional[BaseException] = None
         self._closed = False
-        # The last look at the clocks.
+        # The last look at the clocks, how many in a row found the process busy, and how
+        # many it takes.
         self._looked = time.monotonic(), time.process_time()
+        self._busy_looks = 0
+        self._patience = _BUSY_LOOKS
 
     def chunks(self, block: int, offset: int) -> Generator[_Chunk, None, None]:
         """All bytes in order, beginning in a block at an offset in it."""
@@ -2172,12 +2184,12 @@ class _Window:
                     return
                 source = _read_part(self._session, slot.part) if slot.own else None
                 for at, data in source or self._fetched(slot):
-                    yield _Chunk(slot.part.block.index, at, data)
+                    yield _Chunk(slot.part.block.index, slot.part.start, at, data)
                     self._look()
-                with self._changed:
+                with self._lock:
                     self._slots.popleft()
                     if self._wanted > 1:
-                        self._changed.notify_all()
+                        self._needed.notify_all()
         except _Stopped:
             if self._failure is None:
                 raise
@@ -2188,7 +2200,7 @@ class _Window:
 
     def _head(self, offset: int) -> Optional[_Slot]:
         """The part that is to be delivered next; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self._slots:
                 if self._at_end():
                     return None
@@ -2197,17 +2209,17 @@ class _Window:
                     if self._most > 1 and not self._helpers:
                         self._add_helper()
                 else:
-                    self._rest()
+                    self._rest(self._arrived)
             return self._slots[0]
 
     def _fetched(self, slot: _Slot) -> Iterator[Tuple[int, bytes]]:
         """What a helper reads of a part, as it comes."""
         while True:
-            with self._changed:
+            with self._lock:
                 since = looked = time.monotonic()
                 let_go = 0.0
                 while not slot.chunks and not slot.done:
-                    self._rest()
+                    self._rest(self._arrived)
                     now = time.monotonic()
                     if now - looked > _STARVED:
                         looked = now
@@ -2215,12 +2227,13 @@ class _Window:
                             let_go = now
                     if now - since > _LET_GO and not self._starving:
                         self._starving, let_go = True, now
-                        self._changed.notify_all()
+                        self._needed.notify_all()
                 if time.monotonic() - let_go < _STARVED / 2:
                     self._rescued()
                 self._starving = False
+                if slot.held >= self._piece:
+                    self._needed.notify_all()
                 chunks, slot.chunks, slot.held = slot.chunks, [], 0
-                self._changed.notify_all()
             yield from chunks
             if slot.done and not slot.chunks:
                 return
@@ -2232,13 +2245,13 @@ class _Window:
         if self._rescues == 2:
             self._wanted = self._most = 1
 
-    def _rest(self) -> None:
+    def _rest(self, change: threading.Condition) -> None:
         """Wait a moment for a change (with the lock); raise what ended a helper."""
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise _Stopped
-        self._changed.wait(_LOOK)
+        change.wait(_LOOK)
         self._look()
 
     # What follows decides who reads what.
@@ -2285,24 +2298,35 @@ class _Window:
                 self._cursor = part.block.index, end
 
     def _look(self) -> None:
-        """Use more connections, twice as many, if the process is mostly idle."""
-        wall = time.monotonic()
-        passed = wall - self._looked[0]
-        if passed < _LOOK or self._wanted >= self._most:
+        """Use more connections while the process is mostly idle, fewer while it is busy
+        with itself."""
+        if time.monotonic() - self._looked[0] < _LOOK or self._most == 1:
             return
-        cpu = time.process_time()
-        idle = cpu - self._looked[1] < _IDLE * passed
-        self._looked = wall, cpu
-        if not idle or self._session.waiting():
+        with self._lock:
+            wall, cpu = time.monotonic(), time.process_time()
+            passed, used = wall - self._looked[0], cpu - self._looked[1]
+            if passed < _LOOK:
+                # Another thread was quicker.
+                return
+            use, self._looked = used / passed, (wall, cpu)
+            self._busy_looks = self._busy_looks + 1 if use > _BUSY else 0
+            if use < _IDLE and not self._session.waiting():
+                self._use_more()
+            elif self._busy_looks >= self._patience and self._wanted > 1:
+                # Should that be wrong, it is tried less and less often.
+                self._patience *= 2
+                self._wanted = 1
+
+    def _use_more(self) -> None:
+        """Use twice as many connections."""
+        if self._wanted == 1:
+            self._cut_own()
+        if self._at_end() or self._closed:
             return
-        with self._changed:
-            if self._wanted == 1:
-                self._cut_own()
-            if not self._at_end() and not self._closed:
-                self._wanted = min(2 * self._wanted, self._most)
-                for _ in range(len(self._helpers), self._wanted):
-                    self._add_helper()
-                self._changed.notify_all()
+        self._wanted = min(2 * self._wanted, self._most)
+        for _ in range(len(self._helpers), self._wanted):
+            self._add_helper()
+        self._needed.notify_all()
 
     # What follows is the helpers' side.
 
@@ -2325,21 +2349,21 @@ class _Window:
                 slot = self._next_ahead()
                 while not self._read_ahead(slot):
                     self._wait_for_room(slot)
-                with self._changed:
+                with self._lock:
                     slot.done = True
                     self._busy -= 1
-                    self._changed.notify_all()
+                    self._arrived.notify()
         except _Stopped:
             pass
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 self._failure = self._failure or error
-                self._changed.notify_all()
+                self._arrived.notify()
             self._session.stop()
 
     def _next_ahead(self) -> _Slot:
         """The next part to read ahead, once there is need and room for it."""
-        with self._changed:
+        with self._lock:
             while True:
                 own = bool(self._slots) and self._slots[0].own
                 room = len(self._slots) < self._slots_most
@@ -2347,16 +2371,17 @@ class _Window:
                 if allowed and room and not self._at_end():
                     self._busy += 1
                     return self._claim(own=False)
-                self._rest()
+                self._rest(self._needed)
 
     def _read_ahead(self, slot: _Slot) -> bool:
         """Read a part into its slot; False when its connection was let go."""
         with contextlib.closing(_read_part(self._session, slot.part)) as pieces:
             for at, data in pieces:
-                with self._changed:
+                with self._lock:
                     slot.chunks.append((at, data))
                     slot.held += len(data)
-                    self._changed.notify_all()
+                    if slot is self._slots[0]:
+                        self._arrived.notify()
                 self._look()
                 if not self._wait_for_room(slot, patient=False):
                     return False
@@ -2365,20 +2390,20 @@ class _Window:
     def _wait_for_room(self, slot: _Slot, patient: bool = True) -> bool:
         """Wait until a slot is not full; unless `patient`, no longer than there is
         another part that may be waiting for the connection."""
-        with self._changed:
+        with self._lock:
             while slot.held >= self._piece:
                 if self._starving and not patient:
                     return False
-                self._rest()
+                self._rest(self._needed)
             if self._closed:
                 raise _Stopped
         return True
 
     def _close(self) -> None:
         """End all helpers; none of them outlives this call."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._needed.notify_all()
         if self._helpers:
             self._session.stop()
         for thread in self._helpers:
@@ -3279,8 +3304,9 @@ class _Writer:
     def __init__(
         self, session: _Session, ticket: Ticket, output: _Output, options: _Options
     ) -> None:
-        # The block that is written, where it starts in the output, bytes in all.
-        self.block = self.start = self.position = 0
+        # The block that is written, where it and its part start in the output, where
+        # the part does in the block, and bytes in all.
+        self.block = self.start = self._restart = self._part = self.position = 0
         # Bytes written in this run, and the position that was noted last.
         self.fetched = 0
         self._noted = 0
@@ -3316,6 +3342,7 @@ class _Writer:
         for first, validator in place.validators.items():
             blocks[int(first)].stored.recall(validator)
         self.block, self.start, self.position = place[:3]
+        self._restart = self.start
 
     def _feed_kept(self, start: int, stop: int) -> None:
         if self._options.verify:
@@ -3323,14 +3350,16 @@ class _Writer:
                 self._verifier.feed(data)
 
     def take(self, chunk: _Chunk) -> None:
-        """Write a chunk; one that goes back in its block makes the block begin anew."""
-        if chunk.block != self.block:
-            self.block, self.start = chunk.block, self.position
+        """Write a chunk; one that goes back makes its part begin anew."""
+        if (chunk.block, chunk.start) != (self.block, self._part):
+            if chunk.block != self.block:
+                self.block, self.start = chunk.block, self.position
+            self._part, self._restart = chunk.start, self.position
             self._marked = self._verifier.copy()
         elif self.start + chunk.offset < self.position:
-            self.position = self.start
+            self.position = self._restart
             self._note()
-            self._output.rewind(self.start)
+            self._output.rewind(self._restart)
             self._verifier = self._marked.copy()
         self._output.write(chunk.data)
         self._verifier.feed(chunk.data)

@@ -1746,6 +1746,73 @@ def test_a_big_block_is_cut_where_waiting_pays(server, output):
     assert server.sent < 1.2 * len(data)
 
 
+def test_one_connection_is_used_again_when_the_processor_is_busy(server, monkeypatch):
+    data = pattern(60 * 1000)
+    server.delay = 0.03
+    url = server.ticket(sliced(server, data, count=60))
+
+    def process_time():
+        return 0 if len(server.requests) < 20 else 2 * time.monotonic()
+
+    monkeypatch.setattr(htsget, "_BUSY_LOOKS", 2)
+    monkeypatch.setattr(time, "process_time", process_time)
+    assert fetch(url) == data
+    assert server.most_active == 4
+    assert len({request.connection for request in server.requests[10:20]}) == 4
+    assert len({request.connection for request in server.requests[-10:]}) == 1
+
+
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+def test_a_piece_that_begins_anew_leaves_the_others_alone(server, output):
+    data = pattern(12 << 20)
+    file = File(data)
+    stuck = []
+
+    def route(handler):
+        first, last = map(int, handler.headers["Range"][6:].split("-"))
+        if not stuck and 0 < first and last < len(data) - 1:
+            # It breaks off, and is then served as a part of the whole range only.
+            stuck.append(first)
+            damage.cut(100000)(handler, *file.answer(handler.headers))
+        elif stuck and first == stuck[0] + 100000:
+            handler.reply(403)
+        else:
+            throttle(file, 8 << 20)(handler)
+
+    block = (server.at("/b", route), {"Range": "bytes=0-%d" % (len(data) - 1)})
+    rewound = []
+
+    class Output(output):
+        def seek(self, position, *whence):
+            rewound.append(position)
+            return super().seek(position, *whence)
+
+    output, seen = Output(), []
+
+    def progress(so_far, total):
+        seen.append(so_far)
+
+    htsget.get(server.ticket([block]), output, progress=progress, **QUICK)
+    written = output.data if isinstance(output, Unseekable) else output.getvalue()
+    assert written == data
+    assert seen[-1] == len(data)
+    assert rewound in ([], stuck)
+
+
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+def test_a_cut_block_that_became_shorter_is_an_error(server, output):
+    data = pattern(8 << 20)
+
+    def route(handler):
+        first = int(handler.headers["Range"][6:].split("-")[0])
+        shorter = data[:-1000] if first > 0 else data
+        throttle(File(shorter), 8 << 20)(handler)
+
+    block = (server.at("/b", route), {"Range": "bytes=0-%d" % (len(data) - 1)})
+    with pytest.raises(htsget.RetryableError, match="changed"):
+        htsget.get(server.ticket([block]), output(), **dict(QUICK, max_retries=1))
+
+
 @pytest.mark.parametrize("kind", ["signed", "unrangeable", "plain"])
 def test_other_blocks_are_never_cut(server, kind):
     data = pattern(6 << 20)
