@@ -69,6 +69,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from typing import (
     Any,
     BinaryIO,
@@ -1647,9 +1648,9 @@ class _Part:
         # The next byte to deliver, and the most that was ever reached.
         self.position = self.reached = max(start, position)
         # Whether the part can be delivered again; if not, what was delivered is known
-        # by its digest.
+        # by its CRC, which costs a third of a cryptographic digest.
         self.rewindable = rewindable
-        self._delivered = self._repeated = None if rewindable else hashlib.sha256()
+        self._delivered = self._repeated = 0
         # What was delivered must be compared with an answer from the block's start
         # before anything can be added to it.
         self.unproved = False
@@ -1686,7 +1687,7 @@ class _Part:
             if self.rewindable:
                 self.position = self.start
             else:
-                self._repeated = hashlib.sha256()
+                self._repeated = 0
                 self.unproved = True
         block.guessed = span.guessed and block.base + span.start > 0
 
@@ -1723,16 +1724,17 @@ class _Part:
         """What is new in the `data` at `offset`; the rest must repeat what was."""
         if offset < self.position:
             new = min(self.position - offset, len(data))
-            if self._repeated is not None and self._delivered is not None:
-                self._repeated.update(data[max(0, self.start - offset) : new])
+            if not self.rewindable:
+                again = data[max(0, self.start - offset) : new]
+                self._repeated = zlib.crc32(again, self._repeated)
                 if offset + new == self.position:
-                    if self._repeated.digest() != self._delivered.digest():
+                    if self._repeated != self._delivered:
                         raise self._differs()
                     self.unproved = False
             data = data[new:]
         self.position += len(data)
-        if self._delivered is not None:
-            self._delivered.update(data)
+        if not self.rewindable:
+            self._delivered = zlib.crc32(data, self._delivered)
         return data
 
     def _differs(self) -> ProtocolError:
