@@ -959,9 +959,9 @@ class _Answer:
         failure: Optional[HtsgetException] = None
         records: List[bytes] = []
         while left is None or left > 0:
+            most = _TLS_RECORD if records else _CHUNK
             try:
-                most = _CHUNK if left is None else min(_CHUNK, left)
-                data = self._next(most)
+                data = self._next(most if left is None else min(most, left))
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url)
             if not data:
@@ -2288,12 +2288,13 @@ class _Window:
         )
 
     def _cut_own(self) -> None:
-        """Leave the rest of the block that the caller's thread reads to helpers.
+        """Leave the rest of the block that the caller's thread reads to helpers, unless
+        they have gone beyond it.
 
         That thread looks at the new end with each chunk, which is less than a piece.
         """
-        part = self._slots[0].part if self._slots and self._slots[0].own else None
-        if part is not None and part.end is None:
+        part = self._slots[0].part if len(self._slots) == 1 else None
+        if part is not None and self._slots[0].own and part.end is None:
             end = part.position + self._piece
             if self._can_be_cut(part.block, end):
                 part.end = end
