@@ -153,9 +153,8 @@ _REDIRECT_LIMIT = 10
 _WINDOW_EACH = 4 << 20
 _WINDOW_MOST = 32 << 20
 
-# The most parts under way at once, and the smallest piece of a block worth a request.
+# The most parts under way at once: a piece of the window is then worth a request.
 _PARTS_MOST = 128
-_PIECE_LEAST = 256 << 10
 
 # Seconds between two looks at how busy the process is; the share of a processor below
 # which it is mostly idle, so that more connections would pay, and above which they do
@@ -339,10 +338,6 @@ class _TicketRequest:
             parameters["regions"] = _regions(options.regions)
             self.body = json.dumps(parameters).encode("ascii")
 
-    def shown(self) -> str:
-        """The URL as it may be printed."""
-        return _shown(self.url)
-
     def headers(self) -> Dict[str, str]:
         """The request's headers; a token that comes from a function is fresh.
 
@@ -360,7 +355,7 @@ class _TicketRequest:
         if headers.get("Authorization", "").startswith("Bearer ") and not private:
             raise RequestError(
                 "not sending a token to %s over plain http; use https, or set %s='%s'"
-                % ((self.shown(),) + _ALLOW_PLAIN)
+                % ((_shown(self.url),) + _ALLOW_PLAIN)
             )
         if "Authorization" not in headers and private:
             headers.update(_netrc_login(self.url))
@@ -543,7 +538,10 @@ def _name_lists(options: _Options) -> Dict[str, List[str]]:
 def _regions(regions: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
     """The `regions` of a POST body (spec: "POST request")."""
     result = []
-    for name, start, end in (Region(*region) for region in regions):
+    for region in regions:
+        if not isinstance(region, (tuple, list)) or not 1 <= len(region) <= 3:
+            raise RequestError("a region is no tuple (name, start, end)")
+        name, start, end = Region(*region)
         interval = _interval(start, end)
         if not isinstance(name, str) or (name == "*" and interval):
             raise RequestError("a region needs a reference name, '*' no start and end")
@@ -626,24 +624,20 @@ def _parse_json(raw: bytes, what: str) -> Dict[str, Any]:
     def refuse(constant: str) -> Any:
         raise ValueError("%s is not JSON" % constant)
 
-    problem = ""
-    document: Any = None
     try:
-        document = json.loads(
-            raw.decode("utf-8-sig"), parse_constant=refuse, parse_int=_parse_int
-        )
+        text = raw.decode("utf-8-sig")
+        document = json.loads(text, parse_constant=refuse, parse_int=_parse_int)
+        if isinstance(document, dict):
+            return document
+        problem = "not a JSON object"
     except UnicodeDecodeError:
         problem = "not UTF-8"
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:
         problem = "not valid JSON: " + _printable(str(error), 100)
-    if not problem and not isinstance(document, dict):
-        problem = "not a JSON object"
-    if problem:
-        # Outside of the handlers: their exceptions hold the text, secrets included.
-        raise ProtocolError("%s is %s" % (what, problem))
-    return dict(document)
+    # Outside of the handlers: their exceptions hold the text, secrets included.
+    raise ProtocolError("%s is %s" % (what, problem))
 
 
 def _parse_int(digits: str) -> float:
@@ -700,16 +694,12 @@ def _decode_data_uri(uri: str, what: str) -> bytes:
     header, comma, data = uri[5:].partition(",")
     if not comma:
         raise ProtocolError("the data URI of %s has no comma" % what)
-    content: Optional[bytes] = None
-    try:
+    with contextlib.suppress(UnicodeEncodeError, binascii.Error):
         content = urllib.parse.unquote_to_bytes(data)
         if header.split(";")[-1].strip().lower() == "base64":
             content = base64.b64decode(b"".join(content.split()), validate=True)
-    except (UnicodeEncodeError, binascii.Error):
-        content = None
-    if content is None:
-        raise ProtocolError("the data URI of %s is malformed" % what)
-    return content
+        return content
+    raise ProtocolError("the data URI of %s is malformed" % what)
 
 
 def _error_text(body: Mapping[str, Any]) -> List[str]:
@@ -783,10 +773,6 @@ class _Connection:
                 plain.close()
                 self._close_handle()
         raise failure
-
-    def is_open(self) -> bool:
-        """Whether it is connected, which a first request does."""
-        return self._handle is not None
 
     def is_quiet(self) -> bool:
         """Whether nothing has come on an idle connection: its end, or bytes that
@@ -961,7 +947,7 @@ class _Answer:
         while left is None or left > 0:
             most = _TLS_RECORD if records else _CHUNK
             try:
-                data = self._next(most if left is None else min(most, left))
+                data = self._next(min(most, left or most))
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url)
             if not data:
@@ -1052,8 +1038,9 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         key = (request.type, request.host, tunnel)
         message = self._message(request, tunnel)
         while True:
-            connection = self._take_idle(key) or self._new(request, tunnel)
-            used_before, answered = connection.is_open(), False
+            idle = self._take_idle(key)
+            connection = idle or self._new(request, tunnel)
+            answered = False
             try:
                 connection.ask(message)
                 answered = True
@@ -1062,7 +1049,7 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
             except BaseException as error:
                 self._drop(connection)
                 # An idle connection may have died meanwhile: that costs no retry.
-                dead = isinstance(error, _DEAD) and used_before and not answered
+                dead = idle and not answered and isinstance(error, _DEAD)
                 if not dead or self._aborted:
                     raise
 
@@ -1205,11 +1192,13 @@ class _Transport:
         self, timeout: Optional[float], ssl_context: Optional[ssl.SSLContext]
     ) -> None:
         self._timeout = timeout
-        self._keep_alive = _KeepAlive(ssl_context)
+        keep_alive = _KeepAlive(ssl_context)
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", "htsget.py/" + __version__)]
-        for handler in (urllib.request.ProxyHandler(), self._keep_alive, _Redirects()):
+        for handler in (urllib.request.ProxyHandler(), keep_alive, _Redirects()):
             self._opener.add_handler(handler)
+        # Close the connections that are not in use, were there any?, and all of them.
+        self.close_idle, self.abort = keep_alive.close_idle, keep_alive.abort
 
     def request(
         self,
@@ -1220,27 +1209,18 @@ class _Transport:
     ) -> _Answer:
         """The answer to a request, whatever its status, after redirects."""
         request = _HttpRequest(url, headers, body, private)
-        answer: Optional[_Answer] = None
         try:
-            answer = self._opener.open(request, timeout=self._timeout)
+            answer: _Answer = self._opener.open(request, timeout=self._timeout)
         except HtsgetException:
             raise
         except _LIBRARY_ERRORS as error:
             failure = _network_error(error, url)
-        if answer is None:
-            raise failure
-        if _log.isEnabledFor(logging.DEBUG):
+        else:
             method, shown = request.get_method(), _shown(answer.url)
             _log.debug("%s %s: %d", method, shown, answer.status)
-        return answer
-
-    def close_idle(self) -> bool:
-        """Close the connections that are not in use; were there any?"""
-        return self._keep_alive.close_idle()
-
-    def abort(self) -> None:
-        """End everything at once; threads that wait for an answer get an error."""
-        self._keep_alive.abort()
+            return answer
+        # Outside of the handler: its exception may hold what must not be shown.
+        raise failure
 
 
 @functools.lru_cache(maxsize=None)
@@ -1249,7 +1229,12 @@ def _ssl_context(bundle: Optional[str]) -> ssl.SSLContext:
     the system does. Building one takes 20 ms, so once per process."""
     context = ssl.create_default_context()
     if bundle:
-        _load_bundle(context, bundle)
+        kind = "capath" if os.path.isdir(bundle) else "cafile"
+        try:
+            context.load_verify_locations(**{kind: bundle})
+        except OSError as error:
+            text = "cannot read certificates from %s: %s" % (bundle, error)
+            raise RequestError(text) from None
     # Python 3.6 has no `minimum_version`; from 3.7 on these are deprecated.
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -1262,18 +1247,6 @@ def _default_ssl_context() -> ssl.SSLContext:
     """What the environment asks for; OpenSSL itself honours SSL_CERT_FILE and _DIR."""
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     return _ssl_context(bundle)
-
-
-def _load_bundle(context: ssl.SSLContext, bundle: str) -> None:
-    """Trust the certificates in a file or folder."""
-    try:
-        if os.path.isdir(bundle):
-            context.load_verify_locations(capath=bundle)
-        else:
-            context.load_verify_locations(cafile=bundle)
-    except OSError as error:
-        text = "cannot read certificates from %s: %s" % (bundle, error)
-        raise RequestError(text) from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -1394,6 +1367,14 @@ class _ObjectChanged(RetryableError):
     """What is behind a URL is not what earlier blocks were taken from."""
 
 
+class _Again(Exception):
+    """Read the part once more, in another way, at once."""
+
+
+class _Stopped(Exception):
+    """The transfer ends; whoever still works for it is to let go."""
+
+
 class _Stored:
     """What is behind a URL that several blocks may share, known by a validator: its
     ETag, or where it has none its Last-Modified date."""
@@ -1501,6 +1482,218 @@ class _Block:
         return not self.pinned and not self.guessed
 
 
+_T = TypeVar("_T")
+
+
+class _Session:
+    """One transfer's dealings with its servers: the ticket, retries, connections."""
+
+    def __init__(
+        self, source: Union[_TicketRequest, Ticket], options: _Options
+    ) -> None:
+        self._source = source
+        self._options = options
+        self._ticket = Ticket(None, [])
+        # Those of several blocks, by the first of these.
+        self._shared: Dict[int, _Stored] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        # When an origin may be asked again (time.monotonic).
+        self._busy_until: Dict[Any, float] = {}
+        self.blocks: List[_Block] = []
+        self.connections = options.connections
+        # How many blocks `total` has counted, and their bytes.
+        self._sized = self._total = 0
+        # How often the ticket was renewed.
+        self.renewals = 0
+        self.transport = _Transport(options.timeout, options.ssl_context)
+
+    def __enter__(self) -> "_Session":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all connections and waits, in all threads, for good."""
+        self._stopping.set()
+        self.transport.abort()
+
+    def stopped(self) -> bool:
+        """Whether that was done."""
+        return self._stopping.is_set()
+
+    def new_retry(self) -> _Retry:
+        """A count of retries for one transfer."""
+        return _Retry(self._options.max_retries, self._options.retry_wait)
+
+    def pause(self, retry: _Retry, error: HtsgetException, url: str) -> None:
+        """Wait before the next attempt, or raise the error if there is none."""
+        if self.stopped():
+            raise _Stopped
+        seconds = retry.pause(error)
+        if isinstance(error.__cause__, ClientError):
+            # The server is busy: that goes for all connections to it.
+            origin, until = _origin(url), time.monotonic() + seconds
+            self._busy_until[origin] = max(until, self._busy_until.get(origin, 0))
+        _log.warning("%s; trying again in %.1f s", error, seconds)
+        self._wait(seconds)
+
+    def request(self, block: _Block, headers: Dict[str, str]) -> _Answer:
+        """The answer to a request for a block, once its server may be asked."""
+        while True:
+            seconds = self._busy_until.get(block.origin, 0) - time.monotonic()
+            if seconds <= 0:
+                return self.transport.request(block.url, headers)
+            # Not all at the same moment.
+            self._wait(seconds + random.uniform(0, 0.1))
+
+    def _wait(self, seconds: float) -> None:
+        if self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
+            raise _Stopped
+
+    def waiting(self) -> bool:
+        """Whether a server has asked for patience."""
+        return any(until > time.monotonic() for until in self._busy_until.values())
+
+    def ticket(self) -> Ticket:
+        """The ticket, asked for anew unless it was given."""
+        if isinstance(self._source, Ticket):
+            return self._source
+        return self.retried(self._source, _parse_ticket)
+
+    def retried(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
+        """Ask the ticket server, as often as the policy says."""
+        retry = self.new_retry()
+        while True:
+            try:
+                return self._ask(request, parse)
+            except HtsgetException as error:
+                self.pause(retry, error, request.url)
+
+    def _ask(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
+        answer = self.transport.request(
+            request.url, request.headers(), request.body, private=True
+        )
+        if answer.status != 200:
+            error = _refusal(answer)
+            if request.body and answer.status in (404, 405, 501):
+                text = "the server seems not to take several regions at once"
+                error = ClientError(
+                    answer.status, answer.reason, text, _shown(request.url)
+                )
+            raise error
+        try:
+            return parse(_read_json(answer))
+        except ProtocolError as broken:
+            # Without a length it may just have been cut off.
+            broken._transient = not answer.framed
+            raise
+
+    def begin(self) -> Ticket:
+        """Get the ticket and make its blocks ready; those of one URL share an ETag."""
+        ticket = self.ticket()
+        stored: Dict[Any, _Stored] = {}
+        self._ticket = ticket
+        for index, entry in enumerate(ticket.blocks):
+            others = frozenset(
+                item for item in entry.headers.items() if item[0].lower() != "range"
+            )
+            one = stored.setdefault((entry.url, others), _Stored(index))
+            self.blocks.append(_Block(index, entry, one))
+            if one.first != index:
+                self._shared[one.first] = one
+        return ticket
+
+    def validators(self, index: int) -> Dict[str, str]:
+        """The validators that a later run has to know: those of what several blocks
+        share, and of what the block `index` is fetched from."""
+        current = [block.stored for block in self.blocks[index : index + 1]]
+        return {
+            str(stored.first): stored.validator
+            for stored in [*self._shared.values(), *current]
+            if stored.validator is not None
+        }
+
+    def total(self) -> Optional[int]:
+        """Bytes in all blocks; None while one of them is not known."""
+        while self._sized < len(self.blocks):
+            size = self.blocks[self._sized].size
+            if size is None:
+                return None
+            self._total += size
+            self._sized += 1
+        return self._total
+
+    @staticmethod
+    def _outline(ticket: Ticket) -> Tuple[Any, ...]:
+        """What stays the same of a ticket when it is asked for again."""
+        return ticket.format, ticket.md5, list(map(_shape, ticket.blocks))
+
+    def identity(self) -> Dict[str, Any]:
+        """What tells this transfer from others, without secrets: digests of the
+        request and of what stays the same when the ticket is asked for again."""
+        request: Any = None
+        if not isinstance(self._source, Ticket):
+            request = self._source.url, (self._source.body or b"").decode("ascii")
+        lasting = [
+            (_shape(entry), entry.url.partition("?")[0], sorted(entry.headers))
+            for entry in self._ticket.blocks
+        ]
+        whole = self._ticket.format, self._ticket.md5, lasting
+        return {"request": _digest(request), "ticket": _digest(whole)}
+
+    def renew(self, block: _Block, renewals: int) -> bool:
+        """Ask for the ticket again because a block's URL was refused, as it may have
+        expired; `renewals` is how often that was done before the block was asked for.
+        False when the block was refused before and has not been served since."""
+        with self._lock:
+            if self.renewals > renewals:
+                return True
+            if isinstance(self._source, Ticket) or block.refused:
+                return False
+            _log.warning(
+                "%s was refused and may have expired; asking for the ticket again",
+                _shown(block.url),
+            )
+            ticket = self.ticket()
+            if self._outline(ticket) != self._outline(self._ticket):
+                text = "the ticket, asked for again, has other data blocks"
+                error = RetryableError(text)
+                error._transient = False
+                raise error
+            block.refused = True
+            for known, entry in zip(self.blocks, ticket.blocks):
+                known.use(entry)
+            self.renewals += 1
+            return True
+
+
+def _read_json(answer: _Answer) -> bytes:
+    """A body that should be a JSON object; given up early when it cannot be one."""
+    body = bytearray()
+    try:
+        for data in answer.chunks():
+            body += data
+            start = bytes(body[:_ERROR_LIMIT]).lstrip(b"\xef\xbb\xbf \t\r\n")
+            if start and start[:1] != b"{":
+                raise ProtocolError(
+                    "%s: the answer is not a JSON object" % _shown(answer.url)
+                )
+            if len(body) > _TICKET_LIMIT:
+                raise ProtocolError("%s: the ticket is too large" % _shown(answer.url))
+    finally:
+        answer.close()
+    return bytes(body)
+
+
+def _shape(entry: DataBlock) -> Tuple[Any, ...]:
+    """What stays the same of a data block when its URL is signed anew."""
+    headers = {name.lower(): value for name, value in entry.headers.items()}
+    inline = entry.url if entry.url[:5].lower() == "data:" else None
+    return headers.get("range"), entry.data_class, inline
+
+
 class _Asked(NamedTuple):
     """A request for part of a block: the bytes from `start` up to `end` of the block.
 
@@ -1511,6 +1704,10 @@ class _Asked(NamedTuple):
     end: Optional[int]
     headers: Dict[str, str]
     changed: bool
+
+    def size(self) -> Optional[int]:
+        """How many bytes these are, if the end is known."""
+        return None if self.end is None else self.end - self.start
 
 
 class _Span(NamedTuple):
@@ -1563,8 +1760,8 @@ def _locate_unsaid(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     """A 206 without Content-Range: only its length can say that it is the slice."""
     if "multipart/" in answer.headers.get("content-type", ""):
         raise _damaged("several ranges", answer.url)
-    rest = None if asked.end is None else asked.end - asked.start
-    if asked.changed and answer.length != rest:
+    rest = asked.size()
+    if asked.changed and (rest is None or answer.length != rest):
         block.pinned = True
         raise _Again("%s does not say what it sends" % _shown(answer.url))
     if answer.length is None:
@@ -1606,7 +1803,7 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     """A 200: the whole block where that has no Range; otherwise the slice that was
     asked for exactly when its length says so, and the whole file when it does not."""
     length = answer.length
-    rest = None if asked.end is None else asked.end - asked.start
+    rest = asked.size()
     if length is not None and length == rest:
         return _Span(asked.start, asked.end)
     if block.range is None:
@@ -1626,10 +1823,6 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     return _Span(-block.base, length - block.base, final=True)
 
 
-class _Again(Exception):
-    """Read the part once more, in another way, at once."""
-
-
 class _Part:
     """A run of a block's bytes that is delivered in order, over as many attempts as
     it takes: from `start` up to `end` (None: the block's end)."""
@@ -1645,8 +1838,8 @@ class _Part:
         self.block = block
         self.start = start
         self.end = end
-        # The next byte to deliver, and the most that was ever reached.
-        self.position = self.reached = max(start, position)
+        # The next byte to deliver.
+        self.position = max(start, position)
         # Whether the part can be delivered again; if not, what was delivered is known
         # by its CRC, which costs a third of a cryptographic digest.
         self.rewindable = rewindable
@@ -1657,9 +1850,8 @@ class _Part:
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
-        if self.end is None or self.block.size is None:
-            return self.block.size if self.end is None else self.end
-        return min(self.end, self.block.size)
+        known = [end for end in (self.end, self.block.size) if end is not None]
+        return min(known, default=None)
 
     def complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known."""
@@ -1672,7 +1864,12 @@ class _Part:
         block = self.block
         if self._is_other(span, answer) or (block.guessed and not span.guessed):
             block.announced, block.short = 0, None
-            self._begin_anew(span, answer)
+            if self.position > self.start:
+                self._go_back()
+                if span.start > self.start:
+                    block.guessed = False
+                    text = "%s has changed during the transfer"
+                    raise RetryableIOError(text % _shown(answer.url))
         if not span.guessed:
             block.announced = max(block.announced, span.end or 0)
         if block.range is None and span.start == 0:
@@ -1684,11 +1881,7 @@ class _Part:
                 raise self._differs()
             block.size = span.end
         if span.start < self.position:
-            if self.rewindable:
-                self.position = self.start
-            else:
-                self._repeated = 0
-                self.unproved = True
+            self._go_back()
         block.guessed = span.guessed and block.base + span.start > 0
 
     def _is_other(self, span: _Span, answer: _Answer) -> bool:
@@ -1707,18 +1900,13 @@ class _Part:
             return shrunk
         return not block.stored.agree(validator, block.index, alone) or shrunk
 
-    def _begin_anew(self, span: _Span, answer: _Answer) -> None:
+    def _go_back(self) -> None:
         """What was delivered is void, or in doubt where it cannot be taken back."""
-        if self.position == self.start:
-            return
         if self.rewindable:
             self.position = self.start
         else:
+            self._repeated = 0
             self.unproved = True
-        if span.start > self.start:
-            self.block.guessed = False
-            text = "%s has changed during the transfer"
-            raise RetryableIOError(text % _shown(answer.url))
 
     def accept(self, offset: int, data: bytes) -> bytes:
         """What is new in the `data` at `offset`; the rest must repeat what was."""
@@ -1743,23 +1931,24 @@ class _Part:
 
 
 def _read_part(
-    session: "_Session", part: _Part
+    session: _Session, part: _Part
 ) -> Generator[Tuple[int, bytes], None, None]:
     """Deliver a part as (offset in the block, bytes), retrying as the policy says.
 
     An offset that goes back means: what came from there on is void.
     """
-    if part.block.data is not None:
-        yield part.position, part.block.data[part.position :]
-        return
     retry = session.new_retry()
-    delivered = part.position
+    data = part.block.data
+    if data is not None:
+        begin, part.position = part.position, len(data)
+        yield begin, data[begin:]
+    delivered = reached = part.position
     while not part.complete():
         try:
             for offset, data in _attempt(session, part):
                 delivered = offset + len(data)
-                retry.progress(max(0, delivered - part.reached))
-                part.reached = max(delivered, part.reached)
+                retry.progress(max(0, delivered - reached))
+                reached = max(delivered, reached)
                 yield offset, data
             return
         except _ObjectChanged:
@@ -1773,7 +1962,7 @@ def _read_part(
             yield delivered, b""
 
 
-def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
+def _attempt(session: _Session, part: _Part) -> Iterator[Tuple[int, bytes]]:
     """Ask once for what is missing of a part and deliver what comes."""
     asked, answer = _open_part(session, part)
     with contextlib.closing(answer):
@@ -1788,25 +1977,25 @@ def _attempt(session: "_Session", part: _Part) -> Iterator[Tuple[int, bytes]]:
             part.block.stored.ranged = True
         begun, offset = part.position, span.start
         for data in answer.chunks():
-            if span.end is not None and offset + len(data) > span.end:
+            stop = offset + len(data)
+            if span.end is not None and stop > span.end:
                 _check_surplus(part, span)
             # The limit changes when the rest of the block is left to others.
             limit = part.limit()
-            surplus = limit is not None and offset + len(data) > limit
-            if surplus:
-                data = data[: max(0, (limit or 0) - offset)]
+            if limit is not None and stop > limit:
+                data = data[: max(0, limit - offset)]
             new = part.accept(offset, data)
             offset += len(data)
             if new:
                 yield part.position - len(new), new
-            if surplus:
+            if offset < stop:
                 break
         else:
             _check_end(part, answer, span, offset, part.position > begun)
         part.block.guessed = False
 
 
-def _open_part(session: "_Session", part: _Part) -> Tuple[_Asked, _Answer]:
+def _open_part(session: _Session, part: _Part) -> Tuple[_Asked, _Answer]:
     """An answer with data, or a 416 that says that the file has no more of it."""
     block = part.block
     own = part.unproved
@@ -1896,217 +2085,6 @@ def _check_end(
 # ---- several parts, delivered in order
 
 
-_T = TypeVar("_T")
-
-
-class _Session:
-    """One transfer's dealings with its servers: the ticket, retries, connections."""
-
-    def __init__(
-        self, source: Union[_TicketRequest, Ticket], options: _Options
-    ) -> None:
-        self._source = source
-        self._options = options
-        self._ticket = Ticket(None, [])
-        self._shared: List[_Stored] = []
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        # When an origin may be asked again (time.monotonic).
-        self._busy_until: Dict[Any, float] = {}
-        self.blocks: List[_Block] = []
-        self.connections = options.connections
-        # How many blocks `total` has counted, and their bytes.
-        self._sized = self._total = 0
-        # How often the ticket was renewed.
-        self.renewals = 0
-        self.transport = _Transport(options.timeout, options.ssl_context)
-
-    def __enter__(self) -> "_Session":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End all connections and waits, in all threads, for good."""
-        self._stopping.set()
-        self.transport.abort()
-
-    def new_retry(self) -> _Retry:
-        """A count of retries for one transfer."""
-        return _Retry(self._options.max_retries, self._options.retry_wait)
-
-    def pause(self, retry: _Retry, error: HtsgetException, url: str) -> None:
-        """Wait before the next attempt, or raise the error if there is none."""
-        if self._stopping.is_set():
-            raise _Stopped
-        seconds = retry.pause(error)
-        if isinstance(error.__cause__, ClientError):
-            # The server is busy: that goes for all connections to it.
-            origin, until = _origin(url), time.monotonic() + seconds
-            self._busy_until[origin] = max(until, self._busy_until.get(origin, 0))
-        _log.warning("%s; trying again in %.1f s", error, seconds)
-        self._wait(seconds)
-
-    def request(self, block: _Block, headers: Dict[str, str]) -> _Answer:
-        """The answer to a request for a block, once its server may be asked."""
-        while True:
-            seconds = self._busy_until.get(block.origin, 0) - time.monotonic()
-            if seconds <= 0:
-                return self.transport.request(block.url, headers)
-            # Not all at the same moment.
-            self._wait(seconds + random.uniform(0, 0.1))
-
-    def _wait(self, seconds: float) -> None:
-        if self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
-            raise _Stopped
-
-    def waiting(self) -> bool:
-        """Whether a server has asked for patience."""
-        return any(until > time.monotonic() for until in self._busy_until.values())
-
-    def ticket(self) -> Ticket:
-        """The ticket, asked for anew unless it was given."""
-        if isinstance(self._source, Ticket):
-            return self._source
-        return self._retried(self._source, _parse_ticket)
-
-    def document(self) -> Dict[str, Any]:
-        """The answer to the request, whatever JSON object it is."""
-        assert isinstance(self._source, _TicketRequest)
-        return self._retried(self._source, lambda raw: _parse_json(raw, "the answer"))
-
-    def _retried(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
-        """Ask the ticket server, as often as the policy says."""
-        retry = self.new_retry()
-        while True:
-            try:
-                return self._ask(request, parse)
-            except HtsgetException as error:
-                self.pause(retry, error, request.url)
-
-    def _ask(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
-        answer = self.transport.request(
-            request.url, request.headers(), request.body, private=True
-        )
-        if answer.status != 200:
-            error = _refusal(answer)
-            if request.body and answer.status in (404, 405, 501):
-                text = "the server seems not to take several regions at once"
-                error = ClientError(answer.status, answer.reason, text, request.shown())
-            raise error
-        try:
-            return parse(_read_json(answer))
-        except ProtocolError as broken:
-            # Without a length it may just have been cut off.
-            broken._transient = not answer.framed
-            raise
-
-    def begin(self) -> Ticket:
-        """Get the ticket and make its blocks ready; those of one URL share an ETag."""
-        ticket = self.ticket()
-        stored: Dict[Any, _Stored] = {}
-        self._shared = []
-        self._ticket, self.blocks = ticket, []
-        for index, entry in enumerate(ticket.blocks):
-            others = frozenset(
-                item for item in entry.headers.items() if item[0].lower() != "range"
-            )
-            one = stored.setdefault((entry.url, others), _Stored(index))
-            self.blocks.append(_Block(index, entry, one))
-            if one.first != index and one not in self._shared[-1:]:
-                self._shared.append(one)
-        return ticket
-
-    def validators(self, index: int) -> Dict[str, str]:
-        """The validators that a later run has to know: those of what several blocks
-        share, and of what the block `index` is fetched from."""
-        current = [block.stored for block in self.blocks[index : index + 1]]
-        return {
-            str(stored.first): stored.validator
-            for stored in self._shared + current
-            if stored.validator is not None
-        }
-
-    def total(self) -> Optional[int]:
-        """Bytes in all blocks; None while one of them is not known."""
-        while self._sized < len(self.blocks):
-            size = self.blocks[self._sized].size
-            if size is None:
-                return None
-            self._total += size
-            self._sized += 1
-        return self._total
-
-    @staticmethod
-    def _outline(ticket: Ticket) -> Tuple[Any, ...]:
-        """What stays the same of a ticket when it is asked for again."""
-        return ticket.format, ticket.md5, list(map(_shape, ticket.blocks))
-
-    def identity(self) -> Dict[str, Any]:
-        """What tells this transfer from others, without secrets: digests of the
-        request and of what stays the same when the ticket is asked for again."""
-        request: Any = None
-        if not isinstance(self._source, Ticket):
-            request = self._source.url, (self._source.body or b"").decode("ascii")
-        lasting = [
-            (_shape(entry), entry.url.partition("?")[0], sorted(entry.headers))
-            for entry in self._ticket.blocks
-        ]
-        whole = self._ticket.format, self._ticket.md5, lasting
-        return {"request": _digest(request), "ticket": _digest(whole)}
-
-    def renew(self, block: _Block, renewals: int) -> bool:
-        """Ask for the ticket again because a block's URL was refused, as it may have
-        expired; `renewals` is how often that was done before the block was asked for.
-        False when the block was refused before and has not been served since."""
-        with self._lock:
-            if self.renewals > renewals:
-                return True
-            if isinstance(self._source, Ticket) or block.refused:
-                return False
-            _log.warning(
-                "%s was refused and may have expired; asking for the ticket again",
-                _shown(block.url),
-            )
-            ticket = self.ticket()
-            if self._outline(ticket) != self._outline(self._ticket):
-                text = "the ticket, asked for again, has other data blocks"
-                error = RetryableError(text)
-                error._transient = False
-                raise error
-            block.refused = True
-            for known, entry in zip(self.blocks, ticket.blocks):
-                known.use(entry)
-            self.renewals += 1
-            return True
-
-
-def _read_json(answer: _Answer) -> bytes:
-    """A body that should be a JSON object; given up early when it cannot be one."""
-    body = bytearray()
-    try:
-        for data in answer.chunks():
-            body += data
-            start = bytes(body[:_ERROR_LIMIT]).lstrip(b"\xef\xbb\xbf \t\r\n")
-            if start and start[:1] != b"{":
-                raise ProtocolError(
-                    "%s: the answer is not a JSON object" % _shown(answer.url)
-                )
-            if len(body) > _TICKET_LIMIT:
-                raise ProtocolError("%s: the ticket is too large" % _shown(answer.url))
-    finally:
-        answer.close()
-    return bytes(body)
-
-
-def _shape(entry: DataBlock) -> Tuple[Any, ...]:
-    """What stays the same of a data block when its URL is signed anew."""
-    headers = {name.lower(): value for name, value in entry.headers.items()}
-    inline = entry.url if entry.url[:5].lower() == "data:" else None
-    return headers.get("range"), entry.data_class, inline
-
-
 class _Chunk(NamedTuple):
     """Bytes of a block at an `offset` in it, of the part that begins at `start`.
 
@@ -2117,10 +2095,6 @@ class _Chunk(NamedTuple):
     start: int
     offset: int
     data: bytes
-
-
-class _Stopped(Exception):
-    """The transfer ends; whoever still works for it is to let go."""
 
 
 class _Slot:
@@ -2151,7 +2125,7 @@ class _Window:
         self._slots_most = min(2 * self._most, _PARTS_MOST)
         window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
         # Bytes that one part may hold, and that a block is cut into.
-        self._piece = max(window // self._slots_most, _PIECE_LEAST)
+        self._piece = window // self._slots_most
         # The block and the offset in it that nobody has claimed yet.
         self._cursor = 0, 0
         self._slots: Deque[_Slot] = collections.deque()
@@ -2168,7 +2142,6 @@ class _Window:
         self._starving = False
         self._rescues = 0
         self._failure: Optional[BaseException] = None
-        self._closed = False
         # The last look at the clocks, how many in a row found the process busy, and how
         # many it takes.
         self._looked = time.monotonic(), time.process_time()
@@ -2178,16 +2151,25 @@ class _Window:
     def chunks(self, block: int, offset: int) -> Generator[_Chunk, None, None]:
         """All bytes in order, beginning in a block at an offset in it."""
         self._cursor = block, 0
+        # Where the part has to begin, and what is due next.
+        begin, due = (block, 0), (block, offset)
         try:
             while True:
                 slot = self._head(offset)
                 offset = 0
                 if slot is None:
                     return
-                source = _read_part(self._session, slot.part) if slot.own else None
-                for at, data in source or self._fetched(slot):
-                    yield _Chunk(slot.part.block.index, slot.part.start, at, data)
+                part, index = slot.part, slot.part.block.index
+                fetched = None if slot.own else self._fetched(slot)
+                for at, data in fetched or _read_part(self._session, part):
+                    if (index, at) != due:
+                        self._check_return(part, at, begin)
+                    due = index, at + len(data)
+                    yield _Chunk(index, part.start, at, data)
                     self._look()
+                if part.position >= (part.block.size or 0):
+                    due = index + 1, 0
+                begin = due
                 with self._lock:
                     self._slots.popleft()
                     if self._wanted > 1:
@@ -2199,6 +2181,14 @@ class _Window:
             self._close()
         if self._failure is not None:
             raise self._failure
+
+    def _check_return(self, part: _Part, at: int, begin: Tuple[int, int]) -> None:
+        """Other bytes come than are due: a part begins anew, in an output that can be
+        rewound. Nothing else can happen; but if it did, it must not go unnoticed."""
+        anew = (part.block.index, part.start) == begin and part.start == at
+        if not (anew and self._rewindable):
+            text = "data block %d came out of order; this is a bug in htsget.py"
+            raise HtsgetException(text % (part.block.index + 1))
 
     def _head(self, offset: int) -> Optional[_Slot]:
         """The part that is to be delivered next; None at the end."""
@@ -2216,42 +2206,42 @@ class _Window:
 
     def _fetched(self, slot: _Slot) -> Iterator[Tuple[int, bytes]]:
         """What a helper reads of a part, as it comes."""
-        while True:
+        while slot.chunks or not slot.done:
             with self._lock:
-                since = looked = time.monotonic()
-                let_go = 0.0
-                while not slot.chunks and not slot.done:
-                    self._rest(self._arrived)
-                    now = time.monotonic()
-                    if now - looked > _STARVED:
-                        looked = now
-                        if self._session.transport.close_idle():
-                            let_go = now
-                    if now - since > _LET_GO and not self._starving:
-                        self._starving, let_go = True, now
-                        self._needed.notify_all()
-                if time.monotonic() - let_go < _STARVED / 2:
-                    self._rescued()
-                self._starving = False
+                self._wait_for_chunks(slot)
                 if slot.held >= self._piece:
                     self._needed.notify_all()
                 chunks, slot.chunks, slot.held = slot.chunks, [], 0
             yield from chunks
-            if slot.done and not slot.chunks:
-                return
 
-    def _rescued(self) -> None:
-        """An answer came as soon as others were let go. When that happens again, the
-        server handles fewer connections than there are, so use only one."""
-        self._rescues += 1
-        if self._rescues == 2:
-            self._wanted = self._most = 1
+    def _wait_for_chunks(self, slot: _Slot) -> None:
+        """Wait for something of a part, or its end.
+
+        If nothing comes for long, the server may handle only so many connections at a
+        time: close the idle ones, then have full parts let go of theirs. When that has
+        helped twice, use only one.
+        """
+        since = looked = time.monotonic()
+        let_go = 0.0
+        while not slot.chunks and not slot.done:
+            self._rest(self._arrived)
+            now = time.monotonic()
+            if now - looked > _STARVED:
+                looked = now
+                if self._session.transport.close_idle():
+                    let_go = now
+            if now - since > _LET_GO and not self._starving:
+                self._starving, let_go = True, now
+                self._needed.notify_all()
+        self._starving = False
+        if time.monotonic() - let_go < _STARVED / 2:
+            self._rescues += 1
+            if self._rescues == 2:
+                self._wanted = self._most = 1
 
     def _rest(self, change: threading.Condition) -> None:
-        """Wait a moment for a change (with the lock); raise what ended a helper."""
-        if self._failure is not None:
-            raise self._failure
-        if self._closed:
+        """Wait a moment for a change (with the lock)."""
+        if self._session.stopped():
             raise _Stopped
         change.wait(_LOOK)
         self._look()
@@ -2269,8 +2259,6 @@ class _Window:
         if not own and self._can_be_cut(block, start):
             end = start + self._piece
         self._cursor = (index + 1, 0) if end is None else (index, end)
-        if start and end is None:
-            end = block.size
         slot = _Slot(_Part(block, self._rewindable, start, end, position), own)
         self._slots.append(slot)
         return slot
@@ -2293,8 +2281,8 @@ class _Window:
 
         That thread looks at the new end with each chunk, which is less than a piece.
         """
-        part = self._slots[0].part if len(self._slots) == 1 else None
-        if part is not None and self._slots[0].own and part.end is None:
+        if len(self._slots) == 1 and self._slots[0].own:
+            part = self._slots[0].part
             end = part.position + self._piece
             if self._can_be_cut(part.block, end):
                 part.end = end
@@ -2324,7 +2312,7 @@ class _Window:
         """Use twice as many connections."""
         if self._wanted == 1:
             self._cut_own()
-        if self._at_end() or self._closed:
+        if self._at_end() or self._session.stopped():
             return
         self._wanted = min(2 * self._wanted, self._most)
         for _ in range(len(self._helpers), self._wanted):
@@ -2350,8 +2338,7 @@ class _Window:
         try:
             while True:
                 slot = self._next_ahead()
-                while not self._read_ahead(slot):
-                    self._wait_for_room(slot)
+                self._read_ahead(slot)
                 with self._lock:
                     slot.done = True
                     self._busy -= 1
@@ -2376,39 +2363,28 @@ class _Window:
                     return self._claim(own=False)
                 self._rest(self._needed)
 
-    def _read_ahead(self, slot: _Slot) -> bool:
-        """Read a part into its slot; False when its connection was let go."""
-        with contextlib.closing(_read_part(self._session, slot.part)) as pieces:
-            for at, data in pieces:
-                with self._lock:
-                    slot.chunks.append((at, data))
-                    slot.held += len(data)
-                    if slot is self._slots[0]:
-                        self._arrived.notify()
-                self._look()
-                if not self._wait_for_room(slot, patient=False):
-                    return False
-        return True
-
-    def _wait_for_room(self, slot: _Slot, patient: bool = True) -> bool:
-        """Wait until a slot is not full; unless `patient`, no longer than there is
-        another part that may be waiting for the connection."""
-        with self._lock:
-            while slot.held >= self._piece:
-                if self._starving and not patient:
-                    return False
-                self._rest(self._needed)
-            if self._closed:
-                raise _Stopped
-        return True
+    def _read_ahead(self, slot: _Slot) -> None:
+        """Read a part into its slot, as far as there is room."""
+        while not slot.part.complete():
+            with contextlib.closing(_read_part(self._session, slot.part)) as pieces:
+                for at, data in pieces:
+                    with self._lock:
+                        slot.chunks.append((at, data))
+                        slot.held += len(data)
+                        if slot is self._slots[0]:
+                            self._arrived.notify()
+                        while slot.held >= self._piece:
+                            if self._starving:
+                                # Another part may be waiting for the connection.
+                                pieces.close()
+                            self._rest(self._needed)
+                    self._look()
 
     def _close(self) -> None:
-        """End all helpers; none of them outlives this call."""
+        """End all helpers, and wait a moment until they have."""
+        self._session.stop()
         with self._lock:
-            self._closed = True
             self._needed.notify_all()
-        if self._helpers:
-            self._session.stop()
         for thread in self._helpers:
             thread.join(1.0)
 
@@ -2431,33 +2407,35 @@ class _Place(NamedTuple):
 class _Output:
     """A binary file object that takes the data, from its current position on."""
 
+    # What to call it in messages, and where the data is when it turns out to be wrong.
+    name, kept_in = "output", "the output"
+
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._raw = isinstance(stream, io.RawIOBase)
         # Where the data begins, if the stream can be taken back there.
         self._start: Optional[int] = None
-        try:
-            if self._can_be_cut():
-                self._start = stream.tell()
-                flags = _file_flags(stream)
-                if flags & getattr(os, "O_APPEND", 0):
-                    # As after ">>" in a shell, where the position begins at 0.
-                    self._start = stream.seek(0, os.SEEK_END)
-        except (AttributeError, OSError, TypeError, ValueError):
-            pass
+        with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
+            self._start = self._find_start(stream)
 
-    def _can_be_cut(self) -> bool:
-        """Whether the stream is seekable and has a `truncate` of its own."""
-        stream = self._stream
-        if hasattr(stream, "seekable") and not stream.seekable():
-            return False
-        try:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                return False
-        except (AttributeError, OSError):
-            pass  # such as io.BytesIO
+    @staticmethod
+    def _find_start(stream: BinaryIO) -> Optional[int]:
+        """Where a stream stands; None if it is not seekable or cannot be truncated."""
         truncate = getattr(type(stream), "truncate", stream.truncate)
-        return truncate is not io.IOBase.truncate
+        if truncate is io.IOBase.truncate:
+            return None
+        if hasattr(stream, "seekable") and not stream.seekable():
+            return None
+        try:
+            number = stream.fileno()
+        except (AttributeError, OSError):
+            return stream.tell()  # such as io.BytesIO
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            return None
+        if fcntl and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND:
+            # As after ">>" in a shell, where the position begins at 0.
+            return stream.seek(0, os.SEEK_END)
+        return stream.tell()
 
     @property
     def rewindable(self) -> bool:
@@ -2479,29 +2457,20 @@ class _Output:
         self._stream.seek((self._start or 0) + position)
         self._stream.truncate()
 
-    def resume(self, identify: Callable[[], Dict[str, Any]]) -> Optional[_Place]:
-        """Where an earlier run got to; only a path can know."""
+    def begin(self, session: _Session, resume: bool) -> Optional[_Place]:
+        """Get ready; where an earlier run got to, which only a path can know."""
         return None
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
         """What an earlier run left."""
         return iter(())
 
-    def clear(self, written: bool) -> None:
-        """Begin anew; `written`: not for the first time."""
-        if written:
-            self.rewind(0)
+    def clear(self) -> None:
+        """Forget all that was written."""
+        self.rewind(0)
 
     def note(self, place: _Place) -> None:
         """Remember how far the output is."""
-
-    def kept_in(self) -> str:
-        """Where the data is when it turned out to be wrong."""
-        return "the output"
-
-    def name(self) -> str:
-        """What to call it in messages."""
-        return "output"
 
     def commit(self, size: int) -> None:
         """The data is complete, `size` bytes."""
@@ -2513,14 +2482,6 @@ class _Output:
         """Let go of the stream; it stays open, it is the caller's."""
 
 
-def _file_flags(stream: BinaryIO) -> int:
-    """The flags that a stream's file was opened with, as far as they can be had."""
-    try:
-        return fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) if fcntl else 0
-    except (AttributeError, OSError):
-        return 0
-
-
 class _PathOutput(_Output):
     """A path: written as `path`.part, with a journal beside it, and moved in place.
 
@@ -2530,7 +2491,8 @@ class _PathOutput(_Output):
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._part = path + ".part"
+        self._part = self.kept_in = path + ".part"
+        self.name = os.path.basename(path)
         self._journal_path = path + ".part.json"
         super().__init__(_open_locked(self._part))
         self._start = 0
@@ -2538,9 +2500,20 @@ class _PathOutput(_Output):
         self._width = 0
         self._identity: Dict[str, Any] = {}
 
-    def resume(self, identify: Callable[[], Dict[str, Any]]) -> Optional[_Place]:
+    def begin(self, session: _Session, resume: bool) -> Optional[_Place]:
         """Where an earlier run of the same transfer got to, if it left something."""
-        self._identity = identity = identify()
+        self._identity = session.identity()
+        place = self._earlier() if resume else None
+        if place is None:
+            self.clear()
+        else:
+            self.rewind(place.position)
+            _log.info("going on with %s at byte %d", self._part, place.position)
+        return place
+
+    def _earlier(self) -> Optional[_Place]:
+        """What the journal says, if it can be relied on."""
+        identity = self._identity
         size = self._stream.seek(0, os.SEEK_END)
         try:
             with io.open(self._journal_path, "rb") as file:
@@ -2564,8 +2537,6 @@ class _PathOutput(_Output):
             # Killed after the block began anew.
             _log.warning("cannot go on with %s inside a block", self._part)
             place = place._replace(position=place.begin)
-        self.rewind(place.position)
-        _log.info("going on with %s at byte %d", self._part, place.position)
         return place
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
@@ -2578,8 +2549,8 @@ class _PathOutput(_Output):
             start += len(data)
             yield data
 
-    def clear(self, written: bool) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Forget all that was written, the journal first."""
         self.note(_Place())
         self.rewind(0)
 
@@ -2628,14 +2599,6 @@ class _PathOutput(_Output):
             os.remove(self._journal_path)
         except FileNotFoundError:
             pass
-
-    def kept_in(self) -> str:
-        """Where the data is when it turned out to be wrong."""
-        return self._part
-
-    def name(self) -> str:
-        """What to call it in messages."""
-        return os.path.basename(self._path)
 
 
 def _digest(value: Any) -> str:
@@ -2766,11 +2729,7 @@ class _Bgzf:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
-        if len(data) < len(_BGZF_EOF):
-            self._tail += data
-        else:
-            self._tail = data
-        self._tail = self._tail[-len(_BGZF_EOF) :]
+        self._tail = (self._tail + data[-len(_BGZF_EOF) :])[-len(_BGZF_EOF) :]
         if self._carried:
             data = self._carried + data
         at, last = self._next - self._start, len(data) - _BGZF_HEADER.size
@@ -2865,8 +2824,6 @@ class _Verifier:
 
     def copy(self) -> "_Verifier":
         """The verifier as it is now, to be taken up again later."""
-        if (self._md5, self._check, self._head) == (None, None, None):
-            return self
         other = copy.copy(self)
         other._md5 = self._md5.copy() if self._md5 else None
         other._check = copy.copy(self._check)
@@ -2941,12 +2898,11 @@ def _size(count: float) -> str:
     """A number of bytes for people."""
     if count < 1024:
         return "%d bytes" % count
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    count /= 1024
-    while count >= 1024 and len(units) > 1:
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-        del units[0]
-    return "%.1f %s" % (count, units[0])
+        if count < 1024:
+            return "%.1f %s" % (count, unit)
+    return "%.1f TiB" % (count / 1024)
 
 
 def _duration(seconds: float) -> str:
@@ -3140,6 +3096,7 @@ def service_info(url: str, **options: Any) -> Dict[str, Any]:
         of one of these. The options are those of `get`, and so are the exceptions.
     """
     known = _Options(**options)
+    _check_limits(known)
     parts = urllib.parse.urlsplit(_checked_url(url))
     path = re.sub(r"(.*/(reads|variants))(/.*)?\Z", r"\1/service-info", parts.path)
     if not path.endswith("/service-info"):
@@ -3147,7 +3104,7 @@ def service_info(url: str, **options: Any) -> Dict[str, Any]:
     named = _Options(bearer_token=known.bearer_token, headers=known.headers)
     request = _TicketRequest(parts._replace(path=path).geturl(), named)
     with _Session(request, known) as session:
-        return session.document()
+        return session.retried(request, lambda raw: _parse_json(raw, "the answer"))
 
 
 def parse_region(text: str) -> Region:
@@ -3183,14 +3140,13 @@ class _Stream(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._session = _Session(source, options)
-        self._chunks = self._verified(self._session.begin(), options)
+        self._chunks = self._verified(options)
         self._left = memoryview(b"")
         self._failure: Optional[BaseException] = None
+        self._ticket = self._session.begin()
 
-    def _verified(
-        self, ticket: Ticket, options: _Options
-    ) -> Generator[bytes, None, None]:
-        verifier = _new_verifier(ticket, options)
+    def _verified(self, options: _Options) -> Generator[bytes, None, None]:
+        verifier = _new_verifier(self._ticket, options)
         position = 0
         with contextlib.closing(_Window(self._session, False).chunks(0, 0)) as chunks:
             for chunk in chunks:
@@ -3236,14 +3192,19 @@ def _source(
     url: Union[str, Ticket], options: _Options
 ) -> Union[_TicketRequest, Ticket]:
     """Where the ticket comes from; checks the arguments."""
-    if options.timeout is not None and options.timeout <= 0:
-        raise RequestError("timeout is not greater than 0")
-    if options.connections < 1:
-        raise RequestError("connections is less than 1")
+    _check_limits(options)
     if isinstance(url, Ticket):
         _check_ticket(url)
         return url
     return _TicketRequest(url, options)
+
+
+def _check_limits(options: _Options) -> None:
+    """Raise RequestError for a timeout or a number of connections that cannot be."""
+    if options.timeout is not None and options.timeout <= 0:
+        raise RequestError("timeout is not greater than 0")
+    if options.connections < 1:
+        raise RequestError("connections is less than 1")
 
 
 def _save(
@@ -3254,31 +3215,28 @@ def _save(
     Returns the size in bytes.
     """
     retry = _Retry(options.max_retries, options.retry_wait)
-    first = True
     while True:
         try:
             with _Session(source, options) as session:
-                return _save_once(session, output, options, first)
+                return _save_once(session, output, options)
         except _ObjectChanged as error:
             if not output.rewindable:
                 raise
             seconds = retry.pause(error)
             _log.warning("%s; starting over in %.1f s", error, seconds)
             time.sleep(seconds)
-            first = False
+            output.clear()
         except IntegrityError as error:
-            text = "%s; the data is kept in %s" % (error, output.kept_in())
+            text = "%s; the data is kept in %s" % (error, output.kept_in)
             raise IntegrityError(text) from None
 
 
-def _save_once(
-    session: _Session, output: _Output, options: _Options, first: bool
-) -> int:
+def _save_once(session: _Session, output: _Output, options: _Options) -> int:
     """Fetch what is missing and write it; returns the size in bytes."""
     begun = time.monotonic()
     ticket = session.begin()
     writer = _Writer(session, ticket, output, options)
-    writer.begin(first)
+    writer.begin()
     try:
         offset = writer.position - writer.start
         chunks = _Window(session, output.rewindable).chunks(writer.block, offset)
@@ -3291,7 +3249,7 @@ def _save_once(
     passed = max(time.monotonic() - begun, 1e-3)
     _log.info(
         "%s: %s, %d blocks, %.1f s, %s/s%s",
-        output.name(),
+        output.name,
         _size(writer.position),
         len(session.blocks),
         passed,
@@ -3319,18 +3277,18 @@ class _Writer:
         self._options = options
         self._verifier = self._marked = _new_verifier(ticket, options)
 
-    def begin(self, first: bool) -> None:
+    def begin(self) -> None:
         """Go on where an earlier run stopped, if that is beyond doubt."""
-        place = self._output.resume(self._session.identity)
-        if place is not None and first and self._options.resume:
+        place = self._output.begin(self._session, self._options.resume)
+        if place is not None:
             try:
                 self._go_on(place)
                 return
             except IntegrityError as error:
                 _log.warning("starting over: what was kept is wrong: %s", error)
                 self._verifier = _new_verifier(self._ticket, self._options)
+                self._output.clear()
         self._marked = self._verifier.copy()
-        self._output.clear(written=not first)
 
     def _go_on(self, place: _Place) -> None:
         """Verify what was kept, and take up the state of the block that comes next."""
@@ -3445,7 +3403,8 @@ class _Messages(logging.Handler):
         """Write one message."""
         if self._meter is not None:
             self._meter.clear()
-        print(self.format(record), file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _meter(args: argparse.Namespace) -> Optional[_Meter]:
@@ -3454,7 +3413,8 @@ def _meter(args: argparse.Namespace) -> Optional[_Meter]:
     wanted = terminal if args.show_progress is None else args.show_progress
     if not wanted or args.quiet or sys.stderr is None:
         return None
-    return _Meter(sys.stderr, args.output or "standard output", terminal)
+    name = "standard output" if args.output in (None, "-") else args.output
+    return _Meter(sys.stderr, name, terminal)
 
 
 def _run(args: argparse.Namespace, meter: Optional[_Meter]) -> int:
@@ -3480,7 +3440,7 @@ def _run(args: argparse.Namespace, meter: Optional[_Meter]) -> int:
     finally:
         if meter is not None:
             meter.clear()
-    print("htsget: error: " + message, file=sys.stderr)
+    _log.error("error: %s", message)
     return status
 
 

@@ -13,6 +13,7 @@ import argparse
 import base64
 import collections
 import concurrent.futures
+import gc
 import gzip
 import hashlib
 import http.server
@@ -713,6 +714,10 @@ def test_user_info_in_the_url_becomes_basic_authorization(server):
         {"regions": []},
         {"regions": [("*", 1, 2)]},
         {"regions": [("1", 2, 1)]},
+        {"regions": ["1:1-100"]},
+        {"regions": ["1"]},
+        {"regions": [1]},
+        {"regions": [("1", 1, 2, 3)]},
         {"regions": [("1",)], "reference_name": "1"},
         {"regions": [("1",)], "start": 1},
         {"bearer_token": "a\r\nX: y"},
@@ -728,6 +733,12 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(server, options):
     with pytest.raises(htsget.RequestError) as caught:
         htsget.get_ticket(server.ticket([]), **options)
     assert isinstance(caught.value, ValueError)
+    assert server.connections == 0
+
+
+def test_service_info_checks_its_arguments_too(server):
+    with pytest.raises(htsget.RequestError):
+        htsget.service_info(server.url + "/reads", timeout=0)
     assert server.connections == 0
 
 
@@ -1415,6 +1426,11 @@ TICKETS = "bytes 1000-200999/300000"
         (None, [announce(200, OLD[:99999], 300000), chunked(206, OLD)]),
         (CLOSED, [announce(206, OLD[1000:9999], 200000),
                   chunked(206, OLD[1000:201000])]),
+        # The tail of an open range, and nothing that says so.
+        (None, [chunked(200, OLD[:99999], False), chunked(206, OLD[99999:]),
+                File(OLD)]),
+        ({"Range": "bytes=0-"}, [chunked(206, OLD[:99999], False),
+                                 chunked(206, OLD[99999:]), File(OLD)]),
         # A Content-Range that promises more than comes.
         (None, [chunked(200, OLD[:9], False),
                 chunked(206, OLD[9:99], Content_Range="bytes 9-299999/300000"),
@@ -1692,7 +1708,6 @@ def test_damaged_answers_never_give_wrong_bytes(monkeypatch, restless):
     if restless:
         # Small pieces, and one connection and several in turn, all the time.
         for name, value in (
-            ("_PIECE_LEAST", 4096),
             ("_WINDOW_EACH", 20000),
             ("_CHUNK", 3000),
             ("_LOOK", 0.001),
@@ -1774,6 +1789,29 @@ def test_one_connection_is_used_again_when_the_processor_is_busy(server, monkeyp
     assert server.most_active == 4
     assert len({request.connection for request in server.requests[10:20]}) == 4
     assert len({request.connection for request in server.requests[-10:]}) == 1
+
+
+@pytest.mark.parametrize("rewindable", [False, True])
+def test_parts_that_come_out_of_order_are_an_error(server, monkeypatch, rewindable):
+    data = pattern(30000)
+    output = io.BytesIO() if rewindable else Unseekable()
+    claim = htsget._Window._claim
+
+    def claim_twice(window, *args, **options):
+        cursor = window._cursor
+        slot = claim(window, *args, **options)
+        if cursor == (2, 0) and not claimed:
+            claimed.append(cursor)
+            window._cursor = cursor
+        return slot
+
+    claimed = []
+    monkeypatch.setattr(htsget._Window, "_claim", claim_twice)
+    with pytest.raises(htsget.HtsgetException, match="out of order"):
+        htsget.get(server.ticket(sliced(server, data, count=4)), output, **QUICK)
+    assert data.startswith(
+        output.getvalue() if rewindable else output.data,
+    )
 
 
 def test_a_block_is_not_cut_when_what_follows_is_under_way(server, monkeypatch):
@@ -1970,6 +2008,22 @@ def test_a_server_with_fewer_workers_than_connections(monkeypatch):
         server.delay = 0.05
         assert fetch(server.ticket(blocks), timeout=20, connections=8) == b"".join(data)
         server.shutdown()
+
+
+def test_inline_data_is_delivered_once_while_a_server_is_slow(server, monkeypatch):
+    monkeypatch.setattr(htsget, "_WINDOW_EACH", 10000)
+    monkeypatch.setattr(htsget, "_LET_GO", 0.1)
+    first, second, inline, last = (pattern(9000, number) for number in range(4))
+
+    def slow(handler):
+        time.sleep(0.6)
+        handler.reply(200, second)
+
+    server.delay = 0.1
+    blocks = [server.at("/1", first), server.at("/2", slow), data_uri(inline)]
+    url = server.ticket(blocks + [server.at("/4", last)])
+    with htsget.open(url, verify=False) as stream:
+        assert stream.read() == first + second + inline + last
 
 
 def test_a_system_without_more_threads(server, monkeypatch):
@@ -2494,6 +2548,15 @@ def test_an_error_in_a_stream_is_never_its_end(server):
                 stream.read()
 
 
+def test_a_stream_that_cannot_begin_leaves_nothing_behind(server, monkeypatch):
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append, raising=False)
+    with pytest.raises(htsget.ClientError):
+        htsget.open(server.url + "/nothing")
+    gc.collect()
+    assert ignored == []
+
+
 def test_closing_a_stream_ends_the_transfer_at_once(server):
     server.delay = 0.03
     slow = Slow(File(pattern(100)), 0)
@@ -2709,6 +2772,14 @@ def test_progress_on_a_terminal(server, tmp_path):
     assert last.split("\r")[-1].startswith("htsget: out.bin: 4.0 MiB, 2 blocks")
     status, shown = on_a_terminal(url, "-O", str(tmp_path / "out.bin"), "--no-progress")
     assert (status, shown) == (0, "")
+
+
+@pytest.mark.parametrize("output", [[], ["-O", "-"]])
+def test_progress_calls_standard_output_by_its_name(output):
+    args = htsget._parser().parse_args(["u", "--progress"] + output)
+    meter = htsget._meter(args)
+    meter._past.append((0, 0))
+    assert meter.line(1, 2, 3).startswith("standard output: ")
 
 
 def test_no_progress_elsewhere_unless_forced(server, tmp_path):
@@ -3125,9 +3196,11 @@ def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
     assert int(re.match(r"bytes=(\d+)", first).group(1)) >= (4 << 20) - (1 << 17)
 
 
-def test_no_resume_starts_over(server, tmp_path):
+def test_no_resume_starts_over(server, tmp_path, caplog):
     url, data, _ = leave_part(server, tmp_path)
-    htsget.get(url, tmp_path / "out", resume=False)
+    with caplog.at_level("INFO", "htsget"):
+        htsget.get(url, tmp_path / "out", resume=False)
+    assert "going on" not in caplog.text
     assert (tmp_path / "out").read_bytes() == data
     assert server.asked("/file")[0].headers["Range"].startswith("bytes=0-")
 
@@ -3389,6 +3462,16 @@ def test_standard_output_gets_the_data_and_nothing_else(server, output):
     done = htsget_command(url, "-vv", *output)
     assert done.returncode == 0
     assert done.stdout == data
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_messages_are_never_mixed_into_the_data(server):
+    program = [sys.executable, os.path.join(HERE, "htsget.py")]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" "$@" 2>&-'] + program + [server.url + "/nothing"],
+        stdout=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 @pytest.mark.parametrize(
