@@ -130,6 +130,9 @@ _MEDIA_TYPE = "application/vnd.ga4gh.htsget.v1.3.0+json"
 # mmap threshold every one of them would cost page faults.
 _CHUNK = 1 << 17
 
+# Bytes that a chunk which is kept for later costs beside its own.
+_CHUNK_COST = 250
+
 # A ticket with inline data may be large; endless JSON must not fill the memory.
 _TICKET_LIMIT = 64 << 20
 
@@ -183,6 +186,9 @@ _PROGRESS = 1 << 16
 
 # The longest wait between two retries, unless `retry_wait` or the server ask for more.
 _LONGEST_WAIT = 60.0
+
+# The longest timeout: what the system calls take, in milliseconds.
+_LONGEST_TIMEOUT = 2e6
 
 # The longest wait that a server can impose with Retry-After.
 _LONGEST_RETRY_AFTER = 3600.0
@@ -418,6 +424,8 @@ def _url_problem(url: str) -> Optional[str]:
             return "it names no host"
         if parts.port == 0:
             return "its port is 0"
+        if re.search("[^\x21-\x7e]", urllib.parse.unquote(parts.hostname)):
+            return "its host has spaces, control or non-ASCII characters"
     except ValueError:
         return "its host or port is malformed"
     return None
@@ -719,7 +727,7 @@ _UNTRUSTED = (
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
 
 # What it raises for a connection that the other side has closed.
-_DEAD = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_DEAD = (ConnectionError, ssl.SSLError)
 
 # How to see what has come unasked; Windows cannot.
 _PEEK = 0
@@ -729,6 +737,7 @@ if hasattr(socket, "MSG_DONTWAIT"):
 # The head of an answer, and the framing of its body.
 _LINE_END = re.compile(rb"\n")
 _BLANK_LINE = re.compile(rb"^\r?\n", re.M)
+_FOLD = re.compile(r"\r?\n[ \t]+")
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(| .*)\r?\n\Z")
 _CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n\Z")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}\Z")
@@ -758,10 +767,13 @@ class _Connection:
         """socket.create_connection, with a handle on the socket from the beginning."""
         failure = OSError("no address for %s" % address[0])
         for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            plain = socket.socket(*found[:3])
-            with self._lock:
-                self._handle = plain.dup()
+            plain = None
             try:
+                plain = socket.socket(*found[:3])
+                with self._lock:
+                    self._handle = plain.dup()
+                    # The module's default would make it wait.
+                    self._handle.settimeout(None)
                 plain.settimeout(timeout)
                 if not self._shut:
                     plain.connect(found[4])
@@ -770,14 +782,17 @@ class _Connection:
                 return plain
             except OSError as error:
                 failure = error
-                plain.close()
+                if plain is not None:
+                    plain.close()
                 self._close_handle()
         raise failure
 
     def is_quiet(self) -> bool:
         """Whether nothing has come on an idle connection: its end, or bytes that
         belong to no request."""
-        if self._ahead or self._handle is None:
+        # TLS may have decrypted more than was taken.
+        pending = getattr(self._made.sock, "pending", None)
+        if self._ahead or self._handle is None or (pending and pending()):
             return False
         try:
             if _PEEK:
@@ -863,19 +878,18 @@ class _Answer:
         else:
             raise http.client.HTTPException("endless informational answers")
         options = self.headers.get("connection", "").lower()
-        if "close" in options or not (persistent or "keep-alive" in options):
-            persistent = False
-        coding = self.headers.get("transfer-encoding", "").lower()
-        if coding not in ("", "chunked"):
+        persistent = persistent or "keep-alive" in options
+        coding = self.headers.get("transfer-encoding", "identity").lower()
+        if coding not in ("identity", "chunked"):
             raise http.client.HTTPException("unknown Transfer-Encoding")
-        self._chunked = bool(coding)
+        self._chunked = coding == "chunked"
         # Bytes that are missing of a chunk; None before the first one.
         self._chunk_left: Optional[int] = None
         # The body's length in bytes, None where only its end will tell; and whether
         # that end can be told from a cut connection.
-        self.length = None if coding else self._content_length()
+        self.length = None if self._chunked else self._content_length()
         self.framed = self._chunked or self.length is not None
-        self._reusable = self.framed and persistent
+        self._reusable = self.framed and persistent and "close" not in options
 
     def _read_status(self) -> bool:
         """Read the first line; whether connections of its version are kept."""
@@ -889,7 +903,8 @@ class _Answer:
     def _read_fields(self) -> Dict[str, str]:
         """Read headers or trailers."""
         fields: Dict[str, str] = {}
-        for line in self._connection.take_to(_BLANK_LINE).split("\n"):
+        text = _FOLD.sub(" ", self._connection.take_to(_BLANK_LINE))
+        for line in text.split("\n"):
             name, colon, value = line.partition(":")
             if colon:
                 name, value = name.lower(), value.strip()
@@ -904,7 +919,9 @@ class _Answer:
         value = self.headers.get("content-length")
         if value is None:
             return None
-        if not _CONTENT_LENGTH.match(value):
+        # It may have come twice.
+        value, *others = {length.strip() for length in value.split(",")}
+        if others or not _CONTENT_LENGTH.match(value):
             raise http.client.HTTPException("a malformed Content-Length")
         return int(value)
 
@@ -935,7 +952,8 @@ class _Answer:
         if size == 0:
             try:
                 self._read_fields()
-            except http.client.HTTPException:
+            except _LIBRARY_ERRORS:
+                # All of the body is there.
                 self._reusable = False
         return size
 
@@ -1095,7 +1113,7 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
         headers["Accept-encoding"] = "identity"
         if tunnel:
             headers.pop("Proxy-authorization", None)
-        lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector)]
+        lines = ["%s %s HTTP/1.1" % (request.get_method(), request.selector or "/")]
         lines += ["%s: %s" % (name.title(), value) for name, value in headers.items()]
         body = request.data if isinstance(request.data, bytes) else b""
         return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
@@ -1186,12 +1204,12 @@ class _Redirects(urllib.request.BaseHandler):
 
 
 class _Transport:
-    """The only part that opens sockets."""
+    """Sends requests through the handlers above; errors become ours."""
 
     def __init__(
         self, timeout: Optional[float], ssl_context: Optional[ssl.SSLContext]
     ) -> None:
-        self._timeout = timeout
+        self._timeout = None if timeout is None else min(timeout, _LONGEST_TIMEOUT)
         keep_alive = _KeepAlive(ssl_context)
         self._opener = urllib.request.OpenerDirector()
         self._opener.addheaders = [("User-Agent", "htsget.py/" + __version__)]
@@ -1435,12 +1453,8 @@ class _Block:
         self.pinned = False
         # The server answers a Range with the whole file.
         self.whole = False
-        # Bytes were delivered of which it is not certain that they are the slice.
-        self.guessed = False
-        # The furthest end that an answer has announced, and the end of a complete
-        # answer that was shorter than what was asked for.
+        # The furthest end that an answer has announced.
         self.announced = 0
-        self.short: Optional[int] = None
         # The block was refused, and has not been served since.
         self.refused = False
         self.use(entry)
@@ -1476,10 +1490,6 @@ class _Block:
             if self.size <= 0:
                 text = "data block %d has a Range that ends before it begins"
                 raise ProtocolError(text % (self.index + 1))
-
-    def lasting(self) -> bool:
-        """Whether an earlier run's bytes of this block can be gone on from."""
-        return not self.pinned and not self.guessed
 
 
 _T = TypeVar("_T")
@@ -1591,7 +1601,7 @@ class _Session:
             raise
 
     def begin(self) -> Ticket:
-        """Get the ticket and make its blocks ready; those of one URL share an ETag."""
+        """Get the ticket and make its blocks ready; those of one URL share `stored`."""
         ticket = self.ticket()
         stored: Dict[Any, _Stored] = {}
         self._ticket = ticket
@@ -1605,15 +1615,13 @@ class _Session:
                 self._shared[one.first] = one
         return ticket
 
-    def validators(self, index: int) -> Dict[str, str]:
+    def validators(self, index: int, validator: Optional[str]) -> Dict[str, str]:
         """The validators that a later run has to know: those of what several blocks
-        share, and of what the block `index` is fetched from."""
-        current = [block.stored for block in self.blocks[index : index + 1]]
-        return {
-            str(stored.first): stored.validator
-            for stored in [*self._shared.values(), *current]
-            if stored.validator is not None
-        }
+        share, and the one that the block `index` was fetched with."""
+        known = {first: stored.validator for first, stored in self._shared.items()}
+        for block in self.blocks[index : index + 1]:
+            known[block.stored.first] = validator
+        return {str(first): one for first, one in known.items() if one is not None}
 
     def total(self) -> Optional[int]:
         """Bytes in all blocks; None while one of them is not known."""
@@ -1740,7 +1748,8 @@ def _ask(block: _Block, start: int, end: Optional[int], own: bool) -> _Asked:
 
 
 def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
-    """Where in the block the answer's body lies, or ProtocolError."""
+    """Where in the block the answer's body lies; ProtocolError when it cannot be of
+    it, _Again (with the block pinned) when only the ticket's own request can tell."""
     if "text/html" in answer.headers.get("content-type", "").lower():
         raise ProtocolError("%s: an HTML page instead of data" % _shown(answer.url))
     if answer.status == 200:
@@ -1823,6 +1832,21 @@ def _locate_full(block: _Block, asked: _Asked, answer: _Answer) -> _Span:
     return _Span(-block.base, length - block.base, final=True)
 
 
+class _Chunk(NamedTuple):
+    """Bytes of a block at an `offset` in it, of the part that begins at `start`.
+
+    When the offset goes back, what came of the part is void. `validator` is that of
+    what they are of; `lasting`: a later run can go on behind them.
+    """
+
+    block: int
+    start: int
+    offset: int
+    data: bytes
+    validator: Optional[str]
+    lasting: bool
+
+
 class _Part:
     """A run of a block's bytes that is delivered in order, over as many attempts as
     it takes: from `start` up to `end` (None: the block's end)."""
@@ -1847,6 +1871,10 @@ class _Part:
         # What was delivered must be compared with an answer from the block's start
         # before anything can be added to it.
         self.unproved = False
+        # Bytes were delivered of which it is not certain that they are the slice.
+        self.guessed = False
+        # The end of a complete answer that was shorter than what was asked for.
+        self.short: Optional[int] = None
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
@@ -1862,12 +1890,12 @@ class _Part:
     def begin(self, span: _Span, answer: _Answer) -> None:
         """Get ready for an answer: is it the same object, does it repeat bytes?"""
         block = self.block
-        if self._is_other(span, answer) or (block.guessed and not span.guessed):
-            block.announced, block.short = 0, None
+        if self._is_other(span, answer) or (self.guessed and not span.guessed):
+            block.announced, self.short = 0, None
             if self.position > self.start:
                 self._go_back()
                 if span.start > self.start:
-                    block.guessed = False
+                    self.guessed = False
                     text = "%s has changed during the transfer"
                     raise RetryableIOError(text % _shown(answer.url))
         if not span.guessed:
@@ -1882,10 +1910,10 @@ class _Part:
             block.size = span.end
         if span.start < self.position:
             self._go_back()
-        block.guessed = span.guessed and block.base + span.start > 0
+        self.guessed = span.guessed and block.base + span.start > 0
 
     def _is_other(self, span: _Span, answer: _Answer) -> bool:
-        """Whether the answer shows that the object is not the one it was."""
+        """Note the validator; whether it, or the size, shows another object."""
         block, headers = self.block, answer.headers
         made = answer.status == 200 and block.range and span.start != -block.base
         # A slice that is sent as a file of its own has a validator of its own.
@@ -1925,31 +1953,33 @@ class _Part:
             self._delivered = zlib.crc32(data, self._delivered)
         return data
 
+    def chunk(self, offset: int, data: bytes) -> _Chunk:
+        """What is delivered, with what is known of it now."""
+        block = self.block
+        lasting = not block.pinned and not self.guessed
+        validator = block.stored.validator
+        return _Chunk(block.index, self.start, offset, data, validator, lasting)
+
     def _differs(self) -> ProtocolError:
         text = "%s: the data differs from what was already delivered"
         return ProtocolError(text % _shown(self.block.url))
 
 
-def _read_part(
-    session: _Session, part: _Part
-) -> Generator[Tuple[int, bytes], None, None]:
-    """Deliver a part as (offset in the block, bytes), retrying as the policy says.
-
-    An offset that goes back means: what came from there on is void.
-    """
+def _read_part(session: _Session, part: _Part) -> Generator[_Chunk, None, None]:
+    """Deliver a part, retrying as the policy says."""
     retry = session.new_retry()
     data = part.block.data
     if data is not None:
         begin, part.position = part.position, len(data)
-        yield begin, data[begin:]
+        yield part.chunk(begin, data[begin:])
     delivered = reached = part.position
     while not part.complete():
         try:
-            for offset, data in _attempt(session, part):
-                delivered = offset + len(data)
+            for chunk in _attempt(session, part):
+                delivered = chunk.offset + len(chunk.data)
                 retry.progress(max(0, delivered - reached))
                 reached = max(delivered, reached)
-                yield offset, data
+                yield chunk
             return
         except _ObjectChanged:
             raise
@@ -1959,10 +1989,10 @@ def _read_part(
             session.pause(retry, error, part.block.url)
         if part.position < delivered:
             delivered = part.position
-            yield delivered, b""
+            yield part.chunk(delivered, b"")
 
 
-def _attempt(session: _Session, part: _Part) -> Iterator[Tuple[int, bytes]]:
+def _attempt(session: _Session, part: _Part) -> Iterator[_Chunk]:
     """Ask once for what is missing of a part and deliver what comes."""
     asked, answer = _open_part(session, part)
     with contextlib.closing(answer):
@@ -1972,7 +2002,7 @@ def _attempt(session: _Session, part: _Part) -> Iterator[Tuple[int, bytes]]:
         span = _locate(part.block, asked, answer)
         part.begin(span, answer)
         if part.position < before:
-            yield part.position, b""
+            yield part.chunk(part.position, b"")
         if answer.status == 206 and not span.guessed:
             part.block.stored.ranged = True
         begun, offset = part.position, span.start
@@ -1982,17 +2012,19 @@ def _attempt(session: _Session, part: _Part) -> Iterator[Tuple[int, bytes]]:
                 _check_surplus(part, span)
             # The limit changes when the rest of the block is left to others.
             limit = part.limit()
-            if limit is not None and stop > limit:
+            surplus = limit is not None and stop > limit
+            if limit is not None:
                 data = data[: max(0, limit - offset)]
             new = part.accept(offset, data)
-            offset += len(data)
+            offset = stop
             if new:
-                yield part.position - len(new), new
-            if offset < stop:
+                yield part.chunk(part.position - len(new), new)
+            if surplus and not part.guessed:
+                # Only the end of a guessed slice can tell whether it is one.
                 break
         else:
             _check_end(part, answer, span, offset, part.position > begun)
-        part.block.guessed = False
+        part.guessed = False
 
 
 def _open_part(session: _Session, part: _Part) -> Tuple[_Asked, _Answer]:
@@ -2022,7 +2054,7 @@ def _is_at_end(part: _Part, answer: _Answer) -> bool:
     """Whether a 416 says that the file ends where the part should go on."""
     block, text = part.block, answer.headers.get("content-range", "")
     total = re.match(r"bytes \*/(\d{1,18})\Z", text.strip(), re.A)
-    size = int(total.group(1)) - block.base if total else block.short
+    size = int(total.group(1)) - block.base if total else part.short
     # A file that is shorter than it was, or than what was delivered, is another one.
     if size is None or size < block.announced:
         return False
@@ -2041,7 +2073,7 @@ def _check_surplus(part: _Part, span: _Span) -> None:
     block.stored.rangeless = True
     if block.base + span.start == 0:
         return
-    block.guessed = False
+    part.guessed = False
     if not part.rewindable:
         raise ProtocolError("%s ignores the Range header" % _shown(block.url))
     part.position = part.start
@@ -2055,7 +2087,7 @@ def _check_end(
     """The body ended at `offset`: is that the end of the part?"""
     block, limit = part.block, part.limit()
     entire = span.end is None or offset == span.end
-    if offset >= part.position and entire and offset == limit:
+    if offset >= part.position and entire and limit is not None and offset >= limit:
         return
     if span.guessed and answer.framed and block.base + span.start == 0:
         # Slice or whole file, it is the same, and it ends here.
@@ -2076,25 +2108,13 @@ def _check_end(
                 offset,
             )
     elif progress and not block.pinned:
-        block.short = offset
+        part.short = offset
         raise _Again("%s gives data in pieces" % _shown(block.url))
     else:
         raise ContentLengthMismatch("%s gives less than asked" % _shown(block.url))
 
 
 # ---- several parts, delivered in order
-
-
-class _Chunk(NamedTuple):
-    """Bytes of a block at an `offset` in it, of the part that begins at `start`.
-
-    When the offset goes back, what came of the part is void.
-    """
-
-    block: int
-    start: int
-    offset: int
-    data: bytes
 
 
 class _Slot:
@@ -2104,7 +2124,7 @@ class _Slot:
         self.part = part
         self.own = own
         # What a helper has read and nobody has taken yet.
-        self.chunks: List[Tuple[int, bytes]] = []
+        self.chunks: List[_Chunk] = []
         self.held = 0
         self.done = False
 
@@ -2148,27 +2168,27 @@ class _Window:
         self._busy_looks = 0
         self._patience = _BUSY_LOOKS
 
-    def chunks(self, block: int, offset: int) -> Generator[_Chunk, None, None]:
+    def chunks(self, index: int, offset: int) -> Generator[_Chunk, None, None]:
         """All bytes in order, beginning in a block at an offset in it."""
-        self._cursor = block, 0
+        self._cursor = index, 0
         # Where the part has to begin, and what is due next.
-        begin, due = (block, 0), (block, offset)
+        begin, due = (index, 0), (index, offset)
         try:
             while True:
                 slot = self._head(offset)
                 offset = 0
                 if slot is None:
                     return
-                part, index = slot.part, slot.part.block.index
                 fetched = None if slot.own else self._fetched(slot)
-                for at, data in fetched or _read_part(self._session, part):
-                    if (index, at) != due:
-                        self._check_return(part, at, begin)
-                    due = index, at + len(data)
-                    yield _Chunk(index, part.start, at, data)
+                for chunk in fetched or _read_part(self._session, slot.part):
+                    if (chunk.block, chunk.offset) != due:
+                        self._check_return(chunk, begin)
+                    due = chunk.block, chunk.offset + len(chunk.data)
+                    yield chunk
                     self._look()
-                if part.position >= (part.block.size or 0):
-                    due = index + 1, 0
+                block = slot.part.block
+                if slot.part.position >= (block.size or 0):
+                    due = block.index + 1, 0
                 begin = due
                 with self._lock:
                     self._slots.popleft()
@@ -2182,13 +2202,13 @@ class _Window:
         if self._failure is not None:
             raise self._failure
 
-    def _check_return(self, part: _Part, at: int, begin: Tuple[int, int]) -> None:
+    def _check_return(self, chunk: _Chunk, begin: Tuple[int, int]) -> None:
         """Other bytes come than are due: a part begins anew, in an output that can be
         rewound. Nothing else can happen; but if it did, it must not go unnoticed."""
-        anew = (part.block.index, part.start) == begin and part.start == at
+        anew = (chunk.block, chunk.start) == begin and chunk.offset == chunk.start
         if not (anew and self._rewindable):
             text = "data block %d came out of order; this is a bug in htsget.py"
-            raise HtsgetException(text % (part.block.index + 1))
+            raise HtsgetException(text % (chunk.block + 1))
 
     def _head(self, offset: int) -> Optional[_Slot]:
         """The part that is to be delivered next; None at the end."""
@@ -2204,7 +2224,7 @@ class _Window:
                     self._rest(self._arrived)
             return self._slots[0]
 
-    def _fetched(self, slot: _Slot) -> Iterator[Tuple[int, bytes]]:
+    def _fetched(self, slot: _Slot) -> Iterator[_Chunk]:
         """What a helper reads of a part, as it comes."""
         while slot.chunks or not slot.done:
             with self._lock:
@@ -2284,7 +2304,7 @@ class _Window:
         if len(self._slots) == 1 and self._slots[0].own:
             part = self._slots[0].part
             end = part.position + self._piece
-            if self._can_be_cut(part.block, end):
+            if self._can_be_cut(part.block, end) and not part.guessed:
                 part.end = end
                 self._cursor = part.block.index, end
 
@@ -2367,10 +2387,10 @@ class _Window:
         """Read a part into its slot, as far as there is room."""
         while not slot.part.complete():
             with contextlib.closing(_read_part(self._session, slot.part)) as pieces:
-                for at, data in pieces:
+                for chunk in pieces:
                     with self._lock:
-                        slot.chunks.append((at, data))
-                        slot.held += len(data)
+                        slot.chunks.append(chunk)
+                        slot.held += len(chunk.data) + _CHUNK_COST
                         if slot is self._slots[0]:
                             self._arrived.notify()
                         while slot.held >= self._piece:
@@ -3271,6 +3291,9 @@ class _Writer:
         # Bytes written in this run, and the position that was noted last.
         self.fetched = 0
         self._noted = 0
+        # What the last chunk said of its block.
+        self._validator: Optional[str] = None
+        self._lasting = True
         self._session = session
         self._ticket = ticket
         self._output = output
@@ -3302,6 +3325,8 @@ class _Writer:
             blocks[place.block].size = place.size
         for first, validator in place.validators.items():
             blocks[int(first)].stored.recall(validator)
+        for block in blocks[place.block : place.block + 1]:
+            self._validator = block.stored.validator
         self.block, self.start, self.position = place[:3]
         self._restart = self.start
 
@@ -3322,6 +3347,7 @@ class _Writer:
             self._note()
             self._output.rewind(self._restart)
             self._verifier = self._marked.copy()
+        self._validator, self._lasting = chunk.validator, chunk.lasting
         self._output.write(chunk.data)
         self._verifier.feed(chunk.data)
         self.position += len(chunk.data)
@@ -3346,16 +3372,16 @@ class _Writer:
     def _note(self) -> None:
         """Have the journal say what a later run can rely on."""
         self._noted = self.position
-        blocks, position, size = self._session.blocks, self.position, None
+        blocks, size = self._session.blocks, None
         if self.block < len(blocks):
             size = blocks[self.block].size
-            position = position if blocks[self.block].lasting() else self.start
+        position = self.position if self._lasting else self.start
         place = _Place(
             self.block,
             self.start,
             position,
             size,
-            self._session.validators(self.block),
+            self._session.validators(self.block, self._validator),
         )
         self._output.note(place)
 

@@ -13,6 +13,7 @@ import argparse
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import gc
 import gzip
 import hashlib
@@ -837,6 +838,7 @@ def test_both_names_of_the_class_are_read(server):
         '{"htsget": {"urls": [{"url": "http://h/\\u0001"}]}}',
         '{"htsget": {"urls": [{"url": "http://h:99999/"}]}}',
         '{"htsget": {"urls": [{"url": "http://h:x/"}]}}',
+        '{"htsget": {"urls": [{"url": "http://h%0d%0aX-Evil:%20yes/"}]}}',
         '{"htsget": {"urls": [{"url": "http://[::1/"}]}}',
         '{"htsget": {"urls": [{"url": "data:;base64"}]}}',
         '{"htsget": {"urls": [{"url": "data:;base64,a$b="}]}}',
@@ -1016,6 +1018,94 @@ def test_what_comes_on_an_idle_connection_belongs_to_no_block(server):
     blocks = [server.at("/1", twice), server.at("/2", twice)]
     server.delay = 0.05
     assert fetch(server.ticket(blocks), max_retries=0) == b"abcabc"
+
+
+def test_a_tls_connection_that_ends_without_an_answer_costs_no_retry(
+    tls_server, trusting
+):
+    file = File(b"abc", damages=[None, lambda handler, *answer: handler.cut() or True])
+    ticket = tls_server.ticket([tls_server.at("/b", file)] * 2)
+    assert fetch(ticket, ssl_context=trusting, max_retries=0) == b"abcabc"
+
+
+def test_no_host_smuggles_headers_to_a_proxy(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url)
+    block = htsget.DataBlock("http://example.org%0d%0aX-Evil%3a%20yes/b")
+    with pytest.raises(htsget.ProtocolError):
+        fetch(htsget.Ticket(None, [block]), max_retries=0)
+    assert server.requests == []
+
+
+def test_what_tls_has_decrypted_ahead_belongs_to_no_block(tls_server, trusting):
+    def twice(handler):
+        handler.head(200, {"Content-Length": "3"})
+        handler.wfile.write(b"abcHTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nxyz")
+
+    ticket = tls_server.ticket([tls_server.at("/1", twice), tls_server.at("/2", twice)])
+    assert fetch(ticket, ssl_context=trusting, max_retries=0) == b"abcabc"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nX-Folded: a\r\n b\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 200\r\nTransfer-Encoding: identity\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\nContent-Length: 3\n\n",
+    ],
+)
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_odd_heads_that_are_legal(server, head, bytewise):
+    def route(handler):
+        for byte in head if bytewise else ():
+            handler.wfile.write(bytes([byte]))
+        handler.wfile.write(b"abc" if bytewise else head + b"abc")
+
+    blocks = [server.at("/1", route), server.at("/2", route)]
+    assert fetch(server.ticket(blocks), max_retries=0) == b"abcabc"
+    assert server.connections == 1
+
+
+def test_a_chunked_body_is_complete_with_its_last_chunk(server):
+    def route(handler):
+        handler.head(200, {"Transfer-Encoding": "chunked"})
+        handler.wfile.write(b"3\r\nabc\r\n0\r\n")
+        time.sleep(0.1)
+        handler.reset()
+
+    assert fetch(server.ticket([server.at("/b", route)]), max_retries=0) == b"abc"
+
+
+def test_an_address_of_a_family_that_the_system_lacks(server, monkeypatch):
+    def getaddrinfo(*args, **options):
+        return [(99, socket.SOCK_STREAM, 6, "", ("::1", server.port, 0, 0))] + known
+
+    known = socket.getaddrinfo("127.0.0.1", server.port, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert fetch(server.ticket([data_uri(b"abc")]), max_retries=0) == b"abc"
+
+
+def test_a_default_timeout_of_the_program_changes_nothing(server):
+    socket.setdefaulttimeout(0.5)
+    try:
+        assert fetch(server.ticket([server.at("/b", b"abc")] * 3)) == b"abc" * 3
+    finally:
+        socket.setdefaulttimeout(None)
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("timeout", [None, sys.maxsize])
+def test_no_timeout_is_too_long(server, timeout):
+    url = server.ticket([server.at("/b", b"abc")])
+    assert fetch(url, timeout=timeout) == b"abc"
+
+
+def test_a_url_without_a_path(server):
+    server.ticket([], path="/")
+    assert fetch(server.url) == b""
+    server.at("/away", lambda h: h.reply(302, b"", {"Location": server.url}))
+    assert fetch(server.url + "/away") == b""
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -1814,6 +1904,83 @@ def test_parts_that_come_out_of_order_are_an_error(server, monkeypatch, rewindab
     )
 
 
+@pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
+def test_a_piece_takes_nothing_for_its_slice_before_its_end(
+    server, monkeypatch, output
+):
+    monkeypatch.setattr(htsget, "_WINDOW_EACH", 200000)
+    data = pattern(600000)
+    file = File(data)
+    whole = File(data, ranges=False, framing="chunked")
+
+    def route(handler):
+        # The second server ignores the Range.
+        first = len(server.asked("/b")) == 1
+        throttle(file, 500000)(handler) if first else whole(handler)
+
+    block = (server.at("/b", route), {"Range": "bytes=1000-599999"})
+    output = output()
+    try:
+        htsget.get(server.ticket([block]), output, **QUICK)
+    except htsget.HtsgetException:
+        assert isinstance(output, Unseekable)
+        return
+    written = output.data if isinstance(output, Unseekable) else output.getvalue()
+    assert written == data[1000:]
+
+
+def test_the_end_of_one_piece_is_not_that_of_another(server, monkeypatch):
+    monkeypatch.setattr(htsget, "_WINDOW_EACH", 200000)
+    data = pattern(500000)
+
+    def route(handler):
+        # Ranges in pieces, of a file whose length is never said.
+        first, last = map(int, handler.headers["Range"][6:].split("-"))
+        if first >= len(data):
+            handler.reply(416)
+            return
+        last = min(last, len(data) - 1, first + 65535)
+        content_range = "bytes %d-%d/*" % (first, last)
+        handler.reply(206, data[first : last + 1], {"Content-Range": content_range})
+
+    server.delay = 0.03
+    block = (server.at("/b", route), {"Range": "bytes=0-9999999"})
+    assert fetch(server.ticket([block]), connections=1) == data
+    with contextlib.suppress(htsget.ContentLengthMismatch):
+        assert fetch(server.ticket([block]), max_retries=1) == data
+
+
+def test_many_small_chunks_fill_the_window_too(server, monkeypatch):
+    monkeypatch.setattr(htsget, "_WINDOW_EACH", 20000)
+    slots, slow = [], threading.Event()
+
+    class Slot(htsget._Slot):
+        def __init__(self, *args):
+            super().__init__(*args)
+            slots.append(self)
+
+    def stalled(handler):
+        slow.wait(10)
+        handler.reply(200, b"first")
+
+    def small(handler):
+        handler.head(200, {"Transfer-Encoding": "chunked"})
+        handler.send_chunked(b"x" * 5000, 10)
+        handler.wfile.write(b"0\r\n\r\n")
+
+    monkeypatch.setattr(htsget, "_Slot", Slot)
+    blocks = [server.at("/1", stalled), server.at("/2", small)]
+    with htsget.open(server.ticket(blocks), verify=False) as stream:
+        reader = threading.Thread(target=stream.read, args=(1,))
+        reader.start()
+        time.sleep(0.4)
+        held = [len(slot.chunks) for slot in slots if slot.chunks]
+        slow.set()
+        reader.join()
+        assert held and max(held) <= 10000 // 250 + 1
+        assert len(stream.read()) == 5004
+
+
 def test_a_block_is_not_cut_when_what_follows_is_under_way(server, monkeypatch):
     data = pattern(6 << 20)
     url = server.at("/b", throttle(File(data), 8 << 20))
@@ -2137,6 +2304,7 @@ def test_block_headers_follow_redirects_but_not_to_plain_http(
         "data:,x",
         "jar:x",
         "http://",
+        "http://h%0d%0aX-Evil%3a%20yes/",
         "http://h:x/",
         "",
     ],
@@ -3194,6 +3362,38 @@ def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
         assert file.read() == data
     first = server.asked("/file")[before].headers["Range"]
     assert int(re.match(r"bytes=(\d+)", first).group(1)) >= (4 << 20) - (1 << 17)
+
+
+def test_a_death_while_a_block_begins_anew_ahead(server, tmp_path):
+    old, new = pattern(2000000, 1), pattern(2000000, 2)
+    first, changed = pattern(300000), threading.Event()
+
+    def slow(handler):
+        handler.head(200, {"Content-Length": str(len(first))})
+        handler.send(first[:100000])
+        changed.wait(10)
+        time.sleep(0.2)
+        handler.send(first[100000:])
+
+    def second(handler):
+        if len(server.asked("/2")) == 1:
+            damage.cut(1500000)(handler, 200, {"ETag": '"1"'}, old)
+        else:
+            File(new, etag='"2"')(handler)
+            changed.set()
+
+    class Death(Exception):
+        pass
+
+    def progress(so_far, total):
+        if so_far > 1400000:
+            raise Death
+
+    url = server.ticket([server.at("/1", slow), server.at("/2", second)])
+    with pytest.raises(Death):
+        htsget.get(url, tmp_path / "out", progress=progress, **QUICK)
+    htsget.get(url, tmp_path / "out", **QUICK)
+    assert (tmp_path / "out").read_bytes() == first + new
 
 
 def test_no_resume_starts_over(server, tmp_path, caplog):
