@@ -737,7 +737,7 @@ if hasattr(socket, "MSG_DONTWAIT"):
 # The head of an answer, and the framing of its body.
 _LINE_END = re.compile(rb"\n")
 _BLANK_LINE = re.compile(rb"^\r?\n", re.M)
-_FOLD = re.compile(r"\r?\n[ \t]+")
+_FOLD = re.compile(r"\n[ \t]+")
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) +([1-9][0-9][0-9])(| .*)\r?\n\Z")
 _CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n\Z")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}\Z")
@@ -903,8 +903,8 @@ class _Answer:
     def _read_fields(self) -> Dict[str, str]:
         """Read headers or trailers."""
         fields: Dict[str, str] = {}
-        text = _FOLD.sub(" ", self._connection.take_to(_BLANK_LINE))
-        for line in text.split("\n"):
+        text = self._connection.take_to(_BLANK_LINE).replace("\r\n", "\n")
+        for line in _FOLD.sub(" ", text).split("\n"):
             name, colon, value = line.partition(":")
             if colon:
                 name, value = name.lower(), value.strip()
@@ -1026,7 +1026,8 @@ class _HttpRequest(urllib.request.Request):
         private: bool = False,
         redirects: int = 0,
     ) -> None:
-        super().__init__(url, body, headers)
+        # An origin host is for cookies only, and not to be worked out each time.
+        super().__init__(url, body, headers, origin_req_host="")
         # The stock ProxyHandler adds to `headers` what is for the proxy only.
         self.own_headers = headers
         self.private = private
@@ -1234,8 +1235,9 @@ class _Transport:
         except _LIBRARY_ERRORS as error:
             failure = _network_error(error, url)
         else:
-            method, shown = request.get_method(), _shown(answer.url)
-            _log.debug("%s %s: %d", method, shown, answer.status)
+            if _log.isEnabledFor(logging.DEBUG):
+                method, shown = request.get_method(), _shown(answer.url)
+                _log.debug("%s %s: %d", method, shown, answer.status)
             return answer
         # Outside of the handler: its exception may hold what must not be shown.
         raise failure
@@ -1878,8 +1880,10 @@ class _Part:
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
-        known = [end for end in (self.end, self.block.size) if end is not None]
-        return min(known, default=None)
+        end, size = self.end, self.block.size
+        if end is None or size is None:
+            return size if end is None else end
+        return min(end, size)
 
     def complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known."""
@@ -2844,6 +2848,8 @@ class _Verifier:
 
     def copy(self) -> "_Verifier":
         """The verifier as it is now, to be taken up again later."""
+        if (self._md5, self._check, self._head) == (None, None, None):
+            return self
         other = copy.copy(self)
         other._md5 = self._md5.copy() if self._md5 else None
         other._check = copy.copy(self._check)
