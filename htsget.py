@@ -757,7 +757,9 @@ class _Connection:
         self._handle: Optional[socket.socket] = None
         self._lock = threading.Lock()
         self._shut = False
-        # What came ahead of being asked for, and how much of that was taken.
+        # The request that was sent and not answered yet.
+        self.asked: Optional[bytes] = None
+        # What came ahead of being taken, and how much of that was taken.
         self._ahead = b""
         self._taken = 0
 
@@ -787,12 +789,12 @@ class _Connection:
                 self._close_handle()
         raise failure
 
-    def is_quiet(self) -> bool:
-        """Whether nothing has come on an idle connection: its end, or bytes that
-        belong to no request."""
+    def is_free(self) -> bool:
+        """Whether nothing was sent, and nothing has come: its end, or bytes that belong
+        to no request."""
         # TLS may have decrypted more than was taken.
         pending = getattr(self._made.sock, "pending", None)
-        if self._ahead or self._handle is None or (pending and pending()):
+        if self.asked or self._ahead or self._handle is None or (pending and pending()):
             return False
         try:
             if _PEEK:
@@ -804,11 +806,16 @@ class _Connection:
             return False
 
     def ask(self, message: bytes) -> None:
-        """Send a request and wait until something comes for it."""
+        """Send a request."""
         self._made.send(message)
+        self.asked = message
+
+    def wait(self) -> None:
+        """Wait until something comes for the request that was sent."""
         self._ahead = self._made.sock.recv(_CHUNK)
         if not self._ahead:
             raise http.client.RemoteDisconnected("closed without an answer")
+        self.asked = None
 
     def take(self, most: int) -> bytes:
         """The next bytes, as many as there are up to `most`; b"" at the end."""
@@ -977,6 +984,9 @@ class _Answer:
                 if len(data) == _TLS_RECORD and len(records) < _TLS_RECORDS and left:
                     continue
                 data, records = b"".join(records), []
+            if left == 0:
+                # The connection is free before the last piece is.
+                self._finish(self._reusable)
             yield data
         if records:
             yield b"".join(records)
@@ -1015,7 +1025,7 @@ class _HttpRequest(urllib.request.Request):
     """A request, how often it was redirected, and whose headers it carries.
 
     `private` headers are the caller's and for one origin only; the others are those
-    of a data block and follow its redirects.
+    of a data block and follow its redirects. `ahead`: the answer is wanted later.
     """
 
     def __init__(
@@ -1025,6 +1035,7 @@ class _HttpRequest(urllib.request.Request):
         body: Optional[bytes] = None,
         private: bool = False,
         redirects: int = 0,
+        ahead: bool = False,
     ) -> None:
         # An origin host is for cookies only, and not to be worked out each time.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1032,6 +1043,7 @@ class _HttpRequest(urllib.request.Request):
         self.own_headers = headers
         self.private = private
         self.redirects = redirects
+        self.ahead = ahead
 
 
 class _KeepAlive(urllib.request.AbstractHTTPHandler):
@@ -1051,17 +1063,25 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def http_open(self, request: _HttpRequest) -> _Answer:
-        """Exchange a request for an answer (called by the opener)."""
+    def http_open(self, request: _HttpRequest) -> Optional[_Answer]:
+        """Exchange a request for an answer (called by the opener); or only send it, if
+        a connection is idle, so that its answer is there when it is wanted."""
         tunnel = getattr(request, "_tunnel_host", None)
         key = (request.type, request.host, tunnel)
         message = self._message(request, tunnel)
         while True:
-            idle = self._take_idle(key)
+            idle = self._take_idle(key, message)
+            if request.ahead and idle is None:
+                return None
             connection = idle or self._new(request, tunnel)
             answered = False
             try:
-                connection.ask(message)
+                if not connection.asked:
+                    connection.ask(message)
+                if request.ahead:
+                    self._release(key, connection, True)
+                    return None
+                connection.wait()
                 answered = True
                 release = functools.partial(self._release, key, connection)
                 return _Answer(request.full_url, connection, release)
@@ -1074,14 +1094,15 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
 
     https_open = http_open
 
-    def _take_idle(self, key: Any) -> Optional[_Connection]:
+    def _take_idle(self, key: Any, message: bytes) -> Optional[_Connection]:
+        """An idle connection that is free, or was asked just this."""
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
                 connection = idle.pop()
-            if connection.is_quiet():
+            if connection.asked == message or connection.is_free():
                 return connection
             self._drop(connection)
 
@@ -1153,9 +1174,11 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
 class _Redirects(urllib.request.BaseHandler):
     """Follow redirects without giving anything to whom it does not belong."""
 
-    def http_response(self, request: _HttpRequest, answer: _Answer) -> _Answer:
+    def http_response(
+        self, request: _HttpRequest, answer: Optional[_Answer]
+    ) -> Optional[_Answer]:
         """Follow a redirect, if the answer is one (called by the opener)."""
-        if answer.status not in (301, 302, 303, 307, 308):
+        if answer is None or answer.status not in (301, 302, 303, 307, 308):
             return answer
         answer.text()
         location = answer.headers.get("location")
@@ -1218,6 +1241,13 @@ class _Transport:
             self._opener.add_handler(handler)
         # Close the connections that are not in use, were there any?, and all of them.
         self.close_idle, self.abort = keep_alive.close_idle, keep_alive.abort
+
+    def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
+        """Send a request that is going to be made next, so that the server works on it
+        meanwhile. Nothing depends on it."""
+        request = _HttpRequest(url, headers, ahead=True)
+        with contextlib.suppress(HtsgetException, *_LIBRARY_ERRORS):
+            self._opener.open(request, timeout=self._timeout)
 
     def request(
         self,
@@ -1559,6 +1589,12 @@ class _Session:
                 return self.transport.request(block.url, headers)
             # Not all at the same moment.
             self._wait(seconds + random.uniform(0, 0.1))
+
+    def ask_ahead(self, index: int) -> None:
+        """Have the server begin with a block, if there is one, that is read next."""
+        for block in self.blocks[index : index + 1]:
+            if block.data is None and not self.waiting():
+                self.transport.ask_ahead(block.url, block.headers)
 
     def _wait(self, seconds: float) -> None:
         if self._stopping.wait(min(seconds, threading.TIMEOUT_MAX)):
@@ -2137,9 +2173,11 @@ class _Window:
     """Reads parts, several at once if that pays, and delivers them in order.
 
     At first the caller's thread reads by itself, with one connection; that is the
-    fastest way when the processor is the limit. While the process is mostly idle,
-    helper threads are added. They read ahead into a window of bounded size, and the
-    caller's thread only delivers, until the processor turns out to be the limit.
+    fastest way when the processor is the limit. It asks for a block as soon as the last
+    bytes of the one before are there, so that the server does not wait for it. While
+    the process is mostly idle, helper threads are added. They read ahead into a window
+    of bounded size, and the caller's thread only delivers, until the processor turns
+    out to be the limit.
     """
 
     def __init__(self, session: _Session, rewindable: bool) -> None:
@@ -2188,6 +2226,8 @@ class _Window:
                     if (chunk.block, chunk.offset) != due:
                         self._check_return(chunk, begin)
                     due = chunk.block, chunk.offset + len(chunk.data)
+                    if slot.own and slot.part.complete():
+                        self._ask_ahead()
                     yield chunk
                     self._look()
                 block = slot.part.block
@@ -2205,6 +2245,13 @@ class _Window:
             self._close()
         if self._failure is not None:
             raise self._failure
+
+    def _ask_ahead(self) -> None:
+        """While the last bytes of a block are written, have the server begin with the
+        next one, if the caller's thread is going to read that too."""
+        index, start = self._cursor
+        if self._wanted == 1 and len(self._slots) == 1 and start == 0:
+            self._session.ask_ahead(index)
 
     def _check_return(self, chunk: _Chunk, begin: Tuple[int, int]) -> None:
         """Other bytes come than are due: a part begins anew, in an output that can be

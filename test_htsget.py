@@ -1815,6 +1815,49 @@ def test_damaged_answers_never_give_wrong_bytes(monkeypatch, restless):
 # -- several connections
 
 
+@pytest.mark.parametrize("connections", [1, 4])
+def test_the_next_block_is_asked_for_while_one_is_written(server, connections):
+    data, written = pattern(8000), []
+
+    class Output:
+        def write(self, piece):
+            written.append(piece)
+            deadline = time.monotonic() + 2
+            while len(server.asked("/file")) < min(len(written) + 1, 8):
+                assert time.monotonic() < deadline
+                time.sleep(0.0001)
+            return len(piece)
+
+    url = server.ticket(sliced(server, data, count=8))
+    htsget.get(url, Output(), connections=connections, **QUICK)
+    assert b"".join(written) == data
+    assert (len(server.asked("/file")), server.connections) == (8, 1)
+
+
+def test_an_answer_that_was_asked_for_ahead_belongs_to_no_other_request(server):
+    urls = [server.at("/%d" % number, File(b"%d" % number)) for number in range(3)]
+    server.delay = 0.03
+    transport = htsget._Transport(5, None)
+
+    def get(url):
+        return b"".join(transport.request(url, {}).chunks())
+
+    try:
+        transport.ask_ahead(urls[1], {})
+        assert server.requests == []  # There was no connection.
+        assert get(urls[0]) == b"0"
+        transport.ask_ahead(urls[1], {})
+        transport.ask_ahead(urls[1], {})
+        assert get(urls[1]) == b"1"
+        assert (len(server.requests), server.connections) == (2, 1)
+        transport.ask_ahead(urls[1], {})
+        assert get(urls[2]) == b"2"
+        assert get(urls[2]) == b"2"
+        assert server.connections == 2
+    finally:
+        transport.abort()
+
+
 def test_waiting_is_overlapped_up_to_the_limit(server):
     data = pattern(100 * 1000)
     server.delay = 0.05
