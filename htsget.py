@@ -1615,11 +1615,11 @@ class _Session:
         retry = self.new_retry()
         while True:
             try:
-                return self._ask(request, parse)
+                return self._ask_once(request, parse)
             except HtsgetException as error:
                 self.pause(retry, error, request.url)
 
-    def _ask(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
+    def _ask_once(self, request: _TicketRequest, parse: Callable[[bytes], _T]) -> _T:
         answer = self.transport.request(
             request.url, request.headers(), request.body, private=True
         )
@@ -1955,10 +1955,10 @@ class _Part:
     def _is_other(self, span: _Span, answer: _Answer) -> bool:
         """Note the validator; whether it, or the size, shows another object."""
         block, headers = self.block, answer.headers
-        made = answer.status == 200 and block.range and span.start != -block.base
+        sliced = answer.status == 200 and block.range and span.start != -block.base
         # A slice that is sent as a file of its own has a validator of its own.
         validator = (
-            None if made else headers.get("etag") or headers.get("last-modified")
+            None if sliced else headers.get("etag") or headers.get("last-modified")
         )
         shrunk = span.final and span.end is not None and span.end < block.announced
         alone = self.start == 0 and self.end in (None, block.size)
@@ -2198,7 +2198,7 @@ class _Window:
         self._helpers: List[threading.Thread] = []
         # Connections that may be used now, and helpers that use one.
         self._wanted = 1
-        self._busy = 0
+        self._reading = 0
         # Nothing comes of the part at the head, so that others are to let go of their
         # connections; and how often that, or the closing of idle ones, has helped.
         self._starving = False
@@ -2412,7 +2412,7 @@ class _Window:
                 self._read_ahead(slot)
                 with self._lock:
                     slot.done = True
-                    self._busy -= 1
+                    self._reading -= 1
                     self._arrived.notify()
         except _Stopped:
             pass
@@ -2428,9 +2428,9 @@ class _Window:
             while True:
                 own = bool(self._slots) and self._slots[0].own
                 room = len(self._slots) < self._slots_most
-                allowed = self._wanted > 1 and self._busy < self._wanted - own
+                allowed = self._wanted > 1 and self._reading < self._wanted - own
                 if allowed and room and not self._at_end():
-                    self._busy += 1
+                    self._reading += 1
                     return self._claim(own=False)
                 self._rest(self._needed)
 
