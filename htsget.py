@@ -932,10 +932,8 @@ class _Answer:
             raise http.client.HTTPException("a malformed Content-Length")
         return int(value)
 
-    def _next(self, most: int) -> bytes:
-        """The next bytes of the body; b"" at its end, or where the connection's is."""
-        if not self._chunked:
-            return self._connection.take(most)
+    def _take_chunked(self, most: int) -> bytes:
+        """The next bytes of a chunked body; b"" at its end."""
         if not self._chunk_left:
             self._chunk_left = self._next_chunk()
             if self._chunk_left == 0:
@@ -966,13 +964,14 @@ class _Answer:
 
     def chunks(self) -> Iterator[bytes]:
         """The body, piece by piece; ContentLengthMismatch when it ends early."""
+        take = self._take_chunked if self._chunked else self._connection.take
         left = self.length
         failure: Optional[HtsgetException] = None
         records: List[bytes] = []
         while left is None or left > 0:
             most = _TLS_RECORD if records else _CHUNK
             try:
-                data = self._next(min(most, left or most))
+                data = take(min(most, left or most))
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url)
             if not data:
