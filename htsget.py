@@ -2582,7 +2582,7 @@ class _PathOutput(_Output):
         return place
 
     def _earlier(self) -> Optional[_Place]:
-        """What the journal says, if it can be relied on."""
+        """What the journal says, if it can be relied on and there is something kept."""
         identity = self._identity
         size = self._stream.seek(0, os.SEEK_END)
         try:
@@ -2607,7 +2607,7 @@ class _PathOutput(_Output):
             # Killed after the block began anew.
             _log.warning("cannot go on with %s inside a block", self._part)
             place = place._replace(position=place.begin)
-        return place
+        return place if place.position else None
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
         """What the part file has from `start` up to `stop`."""

@@ -3439,6 +3439,25 @@ def test_a_death_while_a_block_begins_anew_ahead(server, tmp_path):
     assert (tmp_path / "out").read_bytes() == first + new
 
 
+def test_an_earlier_run_without_data_is_not_gone_on_with(server, tmp_path, caplog):
+    data = pattern(3 << 20)
+    file = File(data, damages=[damage.cut(1000)])
+    url = server.ticket([server.at("/file", file)])
+    part = tmp_path / "out.part"
+    with pytest.raises(htsget.RetryableError):
+        htsget.get(url, tmp_path / "out", max_retries=0, verify=False)
+    journal = tmp_path / "out.part.json"
+    entry = json.loads(journal.read_text())
+    del entry["check"]
+    entry["position"] = 0
+    journal.write_text(json.dumps(dict(entry, check=htsget._digest(entry))))
+    assert part.stat().st_size == 1000
+    with caplog.at_level("INFO", "htsget"):
+        htsget.get(url, tmp_path / "out", verify=False)
+    assert "going on" not in caplog.text
+    assert (tmp_path / "out").read_bytes() == data
+
+
 def test_no_resume_starts_over(server, tmp_path, caplog):
     url, data, _ = leave_part(server, tmp_path)
     with caplog.at_level("INFO", "htsget"):
