@@ -193,6 +193,10 @@ _LONGEST_TIMEOUT = 2e6
 # The longest wait that a server can impose with Retry-After.
 _LONGEST_RETRY_AFTER = 3600.0
 
+# Seconds for which an answer that was asked for ahead is relied on: a server gives up
+# what nobody reads.
+_AHEAD_LASTS = 10.0
+
 # Answers that a later attempt may overcome. 520 to 529 are those of CDNs.
 _RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
 
@@ -757,8 +761,9 @@ class _Connection:
         self._handle: Optional[socket.socket] = None
         self._lock = threading.Lock()
         self._shut = False
-        # The request that was sent and not answered yet.
+        # The request that was sent and not answered yet, and when (time.monotonic).
         self.asked: Optional[bytes] = None
+        self.asked_at = 0.0
         # What came ahead of being taken, and how much of that was taken.
         self._ahead = b""
         self._taken = 0
@@ -808,7 +813,7 @@ class _Connection:
     def ask(self, message: bytes) -> None:
         """Send a request."""
         self._made.send(message)
-        self.asked = message
+        self.asked, self.asked_at = message, time.monotonic()
 
     def wait(self) -> None:
         """Wait until something comes for the request that was sent."""
@@ -984,7 +989,7 @@ class _Answer:
                     continue
                 data, records = b"".join(records), []
             if left == 0:
-                # The connection is free before the last piece is.
+                # The next request may use the connection while this is delivered.
                 self._finish(self._reusable)
             yield data
         if records:
@@ -1024,7 +1029,8 @@ class _HttpRequest(urllib.request.Request):
     """A request, how often it was redirected, and whose headers it carries.
 
     `private` headers are the caller's and for one origin only; the others are those
-    of a data block and follow its redirects. `ahead`: the answer is wanted later.
+    of a data block and follow its redirects. `ahead`: it is only sent, over an
+    idle connection, and the same request takes its answer later.
     """
 
     def __init__(
@@ -1094,14 +1100,16 @@ class _KeepAlive(urllib.request.AbstractHTTPHandler):
     https_open = http_open
 
     def _take_idle(self, key: Any, message: bytes) -> Optional[_Connection]:
-        """An idle connection that is free, or was asked just this."""
+        """An idle connection that was asked just this, or is free."""
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 if not idle:
                     return None
+                idle.sort(key=lambda one: (one.asked == message, one.asked is None))
                 connection = idle.pop()
-            if connection.asked == message or connection.is_free():
+            fresh = time.monotonic() - connection.asked_at < _AHEAD_LASTS
+            if (connection.asked == message and fresh) or connection.is_free():
                 return connection
             self._drop(connection)
 
@@ -1590,7 +1598,7 @@ class _Session:
             self._wait(seconds + random.uniform(0, 0.1))
 
     def ask_ahead(self, index: int) -> None:
-        """Have the server begin with a block, if there is one, that is read next."""
+        """Have the server begin with the block that is read next, if there is one."""
         for block in self.blocks[index : index + 1]:
             if block.data is None and not self.waiting():
                 self.transport.ask_ahead(block.url, block.headers)
@@ -1873,7 +1881,7 @@ class _Chunk(NamedTuple):
     """Bytes of a block at an `offset` in it, of the part that begins at `start`.
 
     When the offset goes back, what came of the part is void. `validator` is that of
-    what they are of; `lasting`: a later run can go on behind them.
+    the object they come from; `lasting`: a later run can go on behind them.
     """
 
     block: int
@@ -2173,7 +2181,7 @@ class _Window:
 
     At first the caller's thread reads by itself, with one connection; that is the
     fastest way when the processor is the limit. It asks for a block as soon as the last
-    bytes of the one before are there, so that the server does not wait for it. While
+    bytes of the one before are there and the connection is free. While
     the process is mostly idle, helper threads are added. They read ahead into a window
     of bounded size, and the caller's thread only delivers, until the processor turns
     out to be the limit.
@@ -2229,8 +2237,10 @@ class _Window:
                         self._ask_ahead()
                     yield chunk
                     self._look()
-                block = slot.part.block
-                if slot.part.position >= (block.size or 0):
+                part, block = slot.part, slot.part.block
+                if part.position > part.start and due != (block.index, part.position):
+                    raise self._disorder(block.index)
+                if part.position >= (block.size or 0):
                     due = block.index + 1, 0
                 begin = due
                 with self._lock:
@@ -2254,11 +2264,16 @@ class _Window:
 
     def _check_return(self, chunk: _Chunk, begin: Tuple[int, int]) -> None:
         """Other bytes come than are due: a part begins anew, in an output that can be
-        rewound. Nothing else can happen; but if it did, it must not go unnoticed."""
+        rewound, or there is an error."""
         anew = (chunk.block, chunk.start) == begin and chunk.offset == chunk.start
         if not (anew and self._rewindable):
-            text = "data block %d came out of order; this is a bug in htsget.py"
-            raise HtsgetException(text % (chunk.block + 1))
+            raise self._disorder(chunk.block)
+
+    @staticmethod
+    def _disorder(index: int) -> HtsgetException:
+        """What cannot happen; but if it did, it must not go unnoticed."""
+        text = "data block %d came out of order; this is a bug in htsget.py"
+        return HtsgetException(text % (index + 1))
 
     def _head(self, offset: int) -> Optional[_Slot]:
         """The part that is to be delivered next; None at the end."""
@@ -2276,7 +2291,8 @@ class _Window:
 
     def _fetched(self, slot: _Slot) -> Iterator[_Chunk]:
         """What a helper reads of a part, as it comes."""
-        while slot.chunks or not slot.done:
+        # `done` comes first: nothing is added after it is set.
+        while not slot.done or slot.chunks:
             with self._lock:
                 self._wait_for_chunks(slot)
                 if slot.held >= self._piece:

@@ -1858,6 +1858,66 @@ def test_an_answer_that_was_asked_for_ahead_belongs_to_no_other_request(server):
         transport.abort()
 
 
+def test_an_answer_that_was_asked_for_long_ago_is_not_relied_on(server, monkeypatch):
+    monkeypatch.setattr(htsget, "_AHEAD_LASTS", 0)
+    data = pattern(4000)
+    assert fetch(server.ticket(sliced(server, data)), max_retries=0) == data
+    assert server.connections == 4
+
+
+def test_free_connections_are_taken_before_those_that_were_asked_ahead(server):
+    urls = [server.at("/%d" % number, File(b"%d" % number)) for number in range(3)]
+    transport = htsget._Transport(5, None)
+    try:
+        for answer in [transport.request(url, {}) for url in urls[:2]]:
+            assert b"".join(answer.chunks()) in (b"0", b"1")
+        transport.ask_ahead(urls[2], {})
+        for url in (urls[0], urls[2], urls[1]):
+            assert b"".join(transport.request(url, {}).chunks()) == url[-1:].encode()
+        assert (len(server.requests), server.connections) == (5, 2)
+    finally:
+        transport.abort()
+
+
+def test_what_a_helper_adds_at_last_is_delivered():
+    class Slot(htsget._Slot):
+        """One that is finished at the moment when it is looked at."""
+
+        def __init__(self, part):
+            super().__init__(part, own=False)
+
+        @property
+        def done(self):
+            if not self.finished:
+                self.finished = True
+                self.chunks.append(self.part.chunk(0, b"abc"))
+            return True
+
+        @done.setter
+        def done(self, value):
+            self.finished = value
+
+    ticket = htsget.Ticket(None, [htsget.DataBlock(data_uri(b"abc"))])
+    with htsget._Session(ticket, htsget._Options()) as session:
+        session.begin()
+        slot = Slot(htsget._Part(session.blocks[0], True))
+        delivered = list(htsget._Window(session, True)._fetched(slot))
+    assert [chunk.data for chunk in delivered] == [b"abc"]
+
+
+def test_a_chunk_that_is_lost_is_an_error(server, monkeypatch):
+    fetched = htsget._Window._fetched
+
+    def lossy(window, slot):
+        chunks = list(fetched(window, slot))
+        return chunks[: -1 if slot.part.block.index == 20 else None]
+
+    monkeypatch.setattr(htsget._Window, "_fetched", lossy)
+    server.delay = 0.03
+    with pytest.raises(htsget.HtsgetException, match="out of order"):
+        fetch(server.ticket(sliced(server, pattern(40000), count=40)))
+
+
 def test_waiting_is_overlapped_up_to_the_limit(server):
     data = pattern(100 * 1000)
     server.delay = 0.05
