@@ -1807,7 +1807,7 @@ def test_damaged_answers_never_give_wrong_bytes(monkeypatch, restless):
             monkeypatch.setattr(htsget, name, value)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         arrived = list(
-            pool.map(run_scenario, range(150 * restless, 150 + 150 * restless))
+            pool.map(run_scenario, range(120 * restless, 120 + 120 * restless))
         )
     assert sum(arrived) >= 0.97 * len(arrived)
 
@@ -2761,7 +2761,7 @@ def test_mutated_answers_are_results_or_errors(server, kind):
 
     url = server.at("/b", route)
     block = htsget.DataBlock(url, {"Range": "bytes=0-2"})
-    for number in range(2000):
+    for number in range(1400):
         asked = url if kind == "ticket" else htsget.Ticket(None, [block])
         try:
             fetch(asked, max_retries=0, retry_wait=0, timeout=1, connections=1)
@@ -3021,8 +3021,8 @@ def on_a_terminal(*args, columns=80):
 
 
 def test_progress_on_a_terminal(server, tmp_path):
-    data = pattern(4 << 20)
-    file = throttle(File(data, damages=[]), 4 << 20)
+    data = pattern(2 << 20)
+    file = throttle(File(data, damages=[]), 3 << 20)
     url = server.ticket(
         [
             data_uri(b"x"),
@@ -3031,16 +3031,16 @@ def test_progress_on_a_terminal(server, tmp_path):
     )
     status, shown = on_a_terminal(url, "-O", str(tmp_path / "out.bin"), "-c", "1", "-v")
     assert status == 0
-    lines = [line for line in shown.split("\r") if "MiB of 4.0 MiB" in line]
+    lines = [line for line in shown.split("\r") if "iB of 2.0 MiB" in line]
     assert 2 <= len(lines) <= 6
     pattern_of_line = (
-        r"out\.bin: [\d.]+ MiB of 4\.0 MiB, \d+ %, [\d.]+ MiB/s, 0:0\d left,"
+        r"out\.bin: [\d.]+ [MK]iB of 2\.0 MiB, \d+ %, [\d.]+ MiB/s, 0:0\d left,"
         r" block 2 of 2"
     )
     assert re.match(pattern_of_line, lines[-1])
     assert all(len(line.rstrip("\n")) < 80 for line in lines)
     last = shown.replace("\r\n", "\n").splitlines()[-1]
-    assert last.split("\r")[-1].startswith("htsget: out.bin: 4.0 MiB, 2 blocks")
+    assert last.split("\r")[-1].startswith("htsget: out.bin: 2.0 MiB, 2 blocks")
     status, shown = on_a_terminal(url, "-O", str(tmp_path / "out.bin"), "--no-progress")
     assert (status, shown) == (0, "")
 
