@@ -1423,6 +1423,9 @@ _SIGNED = re.compile(r"[?&]X-Amz-SignedHeaders=([^&]*)", re.I)
 class _ObjectChanged(RetryableError):
     """What is behind a URL is not what earlier blocks were taken from."""
 
+    def __init__(self) -> None:
+        super().__init__("what is behind the URL has changed")
+
 
 class _Again(Exception):
     """Read the part once more, in another way, at once."""
@@ -1467,7 +1470,7 @@ class _Stored:
             known = self.validator or validator
             same = known.replace("W/", "", 1) == validator.replace("W/", "", 1)
             if not same and not (alone and self._users <= {block}):
-                raise _ObjectChanged("what is behind the URL has changed")
+                raise _ObjectChanged
             self.validator = validator
             self._users.add(block)
             return same
@@ -1654,7 +1657,10 @@ class _Session:
             others = frozenset(
                 item for item in entry.headers.items() if item[0].lower() != "range"
             )
-            one = stored.setdefault((entry.url, others), _Stored(index))
+            key = entry.url, others
+            if key not in stored:
+                stored[key] = _Stored(index)
+            one = stored[key]
             self.blocks.append(_Block(index, entry, one))
             if one.first != index:
                 self._shared[one.first] = one
@@ -1940,7 +1946,7 @@ class _Part:
         if self._is_other(span, answer) or (self.guessed and not span.guessed):
             block.announced, self.short = 0, None
             if self.position > self.start:
-                self._go_back()
+                self.go_back()
                 if span.start > self.start:
                     self.guessed = False
                     text = "%s has changed during the transfer"
@@ -1956,7 +1962,7 @@ class _Part:
                 raise self._differs()
             block.size = span.end
         if span.start < self.position:
-            self._go_back()
+            self.go_back()
         self.guessed = span.guessed and block.base + span.start > 0
 
     def _is_other(self, span: _Span, answer: _Answer) -> bool:
@@ -1970,12 +1976,12 @@ class _Part:
         shrunk = span.final and span.end is not None and span.end < block.announced
         alone = self.start == 0 and self.end in (None, block.size)
         if shrunk and not alone:
-            raise _ObjectChanged("what is behind the URL has changed")
+            raise _ObjectChanged
         if validator is None:
             return shrunk
         return not block.stored.agree(validator, block.index, alone) or shrunk
 
-    def _go_back(self) -> None:
+    def go_back(self) -> None:
         """What was delivered is void, or in doubt where it cannot be taken back."""
         if self.rewindable:
             self.position = self.start
@@ -2123,7 +2129,7 @@ def _check_surplus(part: _Part, span: _Span) -> None:
     part.guessed = False
     if not part.rewindable:
         raise ProtocolError("%s ignores the Range header" % _shown(block.url))
-    part.position = part.start
+    part.go_back()
     block.whole = True
     raise _Again("%s ignores the Range header" % _shown(block.url))
 
@@ -2181,10 +2187,10 @@ class _Window:
 
     At first the caller's thread reads by itself, with one connection; that is the
     fastest way when the processor is the limit. It asks for a block as soon as the last
-    bytes of the one before are there and the connection is free. While
-    the process is mostly idle, helper threads are added. They read ahead into a window
-    of bounded size, and the caller's thread only delivers, until the processor turns
-    out to be the limit.
+    bytes of the one before are there and the connection is free. While the process is
+    mostly idle, helper threads are added. They read ahead into a window of bounded
+    size, and the caller's thread only delivers, until the processor turns out to be the
+    limit.
     """
 
     def __init__(self, session: _Session, rewindable: bool) -> None:
@@ -3353,9 +3359,9 @@ class _Writer:
     def __init__(
         self, session: _Session, ticket: Ticket, output: _Output, options: _Options
     ) -> None:
-        # The block that is written, where it and its part start in the output, where
-        # the part does in the block, and bytes in all.
-        self.block = self.start = self._restart = self._part = self.position = 0
+        # The block that is written, where it starts in the output, where the part does
+        # in the block, and bytes in all.
+        self.block = self.start = self._part = self.position = 0
         # Bytes written in this run, and the position that was noted last.
         self.fetched = 0
         self._noted = 0
@@ -3396,7 +3402,6 @@ class _Writer:
         for block in blocks[place.block : place.block + 1]:
             self._validator = block.stored.validator
         self.block, self.start, self.position = place[:3]
-        self._restart = self.start
 
     def _feed_kept(self, start: int, stop: int) -> None:
         if self._options.verify:
@@ -3408,12 +3413,12 @@ class _Writer:
         if (chunk.block, chunk.start) != (self.block, self._part):
             if chunk.block != self.block:
                 self.block, self.start = chunk.block, self.position
-            self._part, self._restart = chunk.start, self.position
+            self._part = chunk.start
             self._marked = self._verifier.copy()
         elif self.start + chunk.offset < self.position:
-            self.position = self._restart
+            self.position = self.start + self._part
             self._note()
-            self._output.rewind(self._restart)
+            self._output.rewind(self.position)
             self._verifier = self._marked.copy()
         self._validator, self._lasting = chunk.validator, chunk.lasting
         self._output.write(chunk.data)
