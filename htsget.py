@@ -44,7 +44,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import copy
 import email.utils
 import errno
 import functools
@@ -1004,7 +1003,7 @@ _NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NON
 
 # TLS failures that a retry cannot mend, by OpenSSL's reason.
 _NOT_TLS = "WRONG_VERSION|UNKNOWN_PROTOCOL|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER"
-_OLD_TLS = "PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL|NO_PROTOCOLS|NO_SHARED_CIPHER"
+_OLD_TLS = "PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL|NO_PROTOCOLS|NO_SHARED|LEGACY_SIGALG"
 _TLS_FAILURES = {
     _NOT_TLS: "this port does not speak TLS",
     _OLD_TLS: "no common TLS version (1.2 or later is required)",
@@ -1117,6 +1116,7 @@ class _Answer(http.client.HTTPResponse):
         # can be told from a cut connection.
         self.size: Optional[int] = None
         self.framed = True
+        self.fields: Dict[str, str] = {}
         self._is_bounded = False
 
     def begin(self) -> None:
@@ -1126,9 +1126,11 @@ class _Answer(http.client.HTTPResponse):
             # Informational; the library skips only 100.
             self.headers = None  # type: ignore
             super().begin()
+        # By lower-case name: these are looked up a lot.
+        self.fields = {k.lower(): v for k, v in reversed(self.headers.items())}
         lengths = ",".join(self.headers.get_all("content-length", [])).split(",")
         size = set(map(str.strip, lengths)) - {""}
-        coding = self.headers.get("transfer-encoding", "identity").strip().lower()
+        coding = self.fields.get("transfer-encoding", "identity").strip().lower()
         unclear = coding not in ("identity", "chunked") or (self.chunked and size)
         if unclear or len(size) > 1 or not re.match("[0-9]{0,18}\\Z", "".join(size)):
             raise http.client.HTTPException("malformed or contradictory framing")
@@ -1298,10 +1300,12 @@ class _Connection(http.client.HTTPConnection):
             lines.append("Proxy-Authorization: " + self._proxy_login)
         self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
         answer = self.response_class(self.sock, method="CONNECT")
-        answer.begin()
-        if answer.status // 100 != 2:
-            raise _refusal(answer, "proxy")
-        http.client.HTTPResponse.close(answer)
+        try:
+            answer.begin()
+            if answer.status // 100 != 2:
+                raise _refusal(answer, "proxy")
+        finally:
+            http.client.HTTPResponse.close(answer)
 
     def exchange(self, request: "_Request") -> _Answer:
         """Send a request and read the head of its answer."""
@@ -1390,7 +1394,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         except urllib.error.HTTPError as error:
             is_endless = str(error.msg).startswith(self.inf_msg)
             problem = "too many redirects" if is_endless else "not to http or https"
-        except ProtocolError:
+        except HtsgetException:
             answer.close()
             raise
         except ValueError:
@@ -1448,25 +1452,30 @@ class _Proxies(urllib.request.ProxyHandler):
 
     def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
         """Send a request through the proxy, if it applies (called by the opener)."""
-        used = _proxy_for(type, req.host)
-        if used is None or _via(req):
+        if _via(req) or _proxy_for(type, req.host) is None:
             return None
-        problem = _proxy_problem(type, used)
+        problem = _proxy_problem(type, proxy)
         if problem:
             raise ProtocolError("the proxy for %s %s", type, problem)
-        return super().proxy_open(req, used, type)
+        return super().proxy_open(req, proxy, type)
+
+
+def _proxies() -> Dict[str, str]:
+    """The proxies by scheme; ALL_PROXY where a scheme has none of its own."""
+    known = urllib.request.getproxies()
+    found = {name: known.get(name) or known.get("all") for name in ("http", "https")}
+    return {name: proxy for name, proxy in found.items() if proxy}
 
 
 def _proxy_for(scheme: str, host: str) -> Optional[str]:
-    """The proxy for a host (with port), ALL_PROXY if the scheme has none of its own;
-    unless no_proxy names the host, a suffix of it, its address or a network of it."""
-    known = urllib.request.getproxies()
-    proxy = known.get(scheme) or known.get("all")
+    """The proxy for a host (with port), unless no_proxy names the host, a suffix of
+    it, its address or a network of it."""
+    proxy = _proxies().get(scheme)
     if not proxy or urllib.request.proxy_bypass(host):
         return None
     import ipaddress
 
-    exceptions = known.get("no", "").split(",")
+    exceptions = urllib.request.getproxies().get("no", "").split(",")
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(
             urllib.parse.urlsplit("//" + host).hostname or ""
@@ -1504,7 +1513,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         timeout = options.timeout
         self._timeout = None if timeout is None else min(timeout, _LONGEST_TIMEOUT)
         self._opener = urllib.request.OpenerDirector()
-        for handler in (_Proxies({"http": "", "https": ""}), self, _Redirects()):
+        for handler in (_Proxies(_proxies()), self, _Redirects()):
             self._opener.add_handler(handler)
         self._lock = threading.Lock()
         self._open: Set[_Connection] = set()
@@ -1703,7 +1712,8 @@ def _tls_problem(error: Exception) -> Optional[str]:
     # Python 3.6 has a CertificateError of its own.
     if reason == "CERTIFICATE_VERIFY_FAILED" or isinstance(error, ssl.CertificateError):
         text = _printable(getattr(error, "verify_message", "") or str(error), 150)
-        if re.search("local issuer|self[ -]signed", text):
+        # Python 3.6 does not say why.
+        if re.search(r"local issuer|self[ -]signed|verify failed \(_ssl", text):
             if _has_no_certificates():
                 return (
                     "this Python has no CA certificates: set SSL_CERT_FILE or use "
@@ -1768,7 +1778,7 @@ def _refusal(answer: _Answer, asked: str) -> HtsgetException:
     if answer.status not in _RETRIED_STATUS:
         return refused
     return RetryableIOError(str(refused), refused)._marked(
-        _retry_after=_retry_after(answer.headers.get("retry-after"), time.time()),
+        _retry_after=_retry_after(answer.fields.get("retry-after"), time.time()),
         _crowded=answer.status in _CROWDED_STATUS,
     )
 
@@ -1857,9 +1867,9 @@ class _Resource:
 def _evidence(answer: _Answer) -> Tuple[str, str, Any]:
     """ETag, Last-Modified and the size of the whole file, as far as an answer has them
     and can be believed: some servers give the length of the slice as the size."""
-    headers = answer.headers
-    etag, date = headers.get("etag") or "", headers.get("last-modified") or ""
-    match = _CONTENT_RANGE.match((headers.get("content-range") or "").strip())
+    fields = answer.fields
+    etag, date = fields.get("etag", ""), fields.get("last-modified", "")
+    match = _CONTENT_RANGE.match(fields.get("content-range", "").strip())
     size = None
     if match and (match.group(3) or "*") != "*":
         first, last, total = map(int, match.groups())
@@ -2074,7 +2084,7 @@ def _ticket_refusal(answer: _Answer, request: _TicketRequest) -> HtsgetException
 def _read_json(answer: _Answer) -> bytearray:
     """A body that should be a JSON object; given up as soon as it cannot be one."""
     body, start, where = bytearray(), b"", _shown(answer.url)
-    is_gzip = "gzip" in answer.headers.get("content-encoding", "").lower()
+    is_gzip = "gzip" in answer.fields.get("content-encoding", "").lower()
     inflate = zlib.decompressobj(31) if is_gzip else None
     with contextlib.closing(answer):
         try:
@@ -2225,7 +2235,7 @@ _Located = Tuple[Optional[_Span], int]
 def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
     """Where in the block the answer's body lies; ProtocolError if it cannot. Whatever
     contradicts a changed Range, the ticket's own request must tell."""
-    length, text = answer.size, answer.headers.get("content-range")
+    length, text = answer.size, answer.fields.get("content-range")
     if answer.status == 200:
         return _locate_full(block, asked, length)
     if not block.is_range and not asked.is_changed:
@@ -2233,7 +2243,7 @@ def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
         return _Span(0, length, is_final=True), _OWN
     match = _CONTENT_RANGE.match((text or "").strip())
     problem = ""
-    if "multipart/" in answer.headers.get("content-type", "").lower():
+    if "multipart/" in answer.fields.get("content-type", "").lower():
         problem = "is multipart"
     elif text is None:
         if asked.is_changed and (length is None or length != asked.size()):
@@ -2336,8 +2346,10 @@ class _Part:
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
-        ends = [end for end in (self.end, self.block.size) if end is not None]
-        return min(ends, default=None)
+        end, size = self.end, self.block.size
+        if end is None or size is None:
+            return size if end is None else end
+        return end if end < size else size
 
     def is_complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known, or in doubt."""
@@ -2502,7 +2514,7 @@ class _Part:
                 return asked, answer
             # Behind a balancer, the next answer may come from another replica.
             answer.close()
-            self._transport.wait(random.uniform(0, 0.01) * attempt)
+            self._transport.wait(random.uniform(0, 0.002) * attempt)
         self._raise_changed(conflict)
         raise AssertionError
 
@@ -2532,8 +2544,8 @@ class _Part:
             own = _ask(self.block, 0, None, own=True)
             proof = self._request(own)
             if proof.status in (200, 206):
-                is_end = status in (206, 416) and self._is_end(own, proof, answer)
-                proof.close()
+                with contextlib.closing(proof):
+                    is_end = status in (206, 416) and self._is_end(own, proof, answer)
                 if is_end:
                     raise _Again(reason, is_free=True)
                 answer = self._request(asked)
@@ -2559,7 +2571,7 @@ class _Part:
         end, total = span.end, _evidence(proof)[2]
         if end is None or (end < self.position and total is None):
             # The server gives ranges in pieces, or no length: the refusal must tell.
-            said = answer.headers.get("content-range", "").strip()
+            said = answer.fields.get("content-range", "").strip()
             match = _NO_CONTENT_RANGE.match(said)
             end = int(match.group(1)) - base if match else self.position
             if self.position == self.start and not match:
@@ -2574,9 +2586,9 @@ class _Part:
 
 def _checked_body(answer: _Answer) -> Iterator[bytes]:
     """The body; an error when its label is wrong in a way that changes the bytes."""
-    is_html = "text/html" in answer.headers.get("content-type", "").lower()
-    coding = answer.headers.get("content-encoding", "identity").strip() or "identity"
-    pieces, where = answer.pieces(), _shown(answer.url)
+    is_html = "text/html" in answer.fields.get("content-type", "").lower()
+    coding = answer.fields.get("content-encoding", "identity").strip() or "identity"
+    pieces = answer.pieces()
     if is_html or coding.lower() != "identity":
         # A label that may be wrong: the first bytes decide.
         start = b""
@@ -2585,10 +2597,10 @@ def _checked_body(answer: _Answer) -> Iterator[bytes]:
             if len(start) >= _HEAD:
                 break
         if is_html and _is_page(start):
-            raise ProtocolError("%s: a web page instead of data", where)
+            raise ProtocolError("%s: a web page instead of data", _shown(answer.url))
         if coding.lower() != "identity" and _kind(start) == "gzip":
             text = "%s: the data was compressed on the way (Content-Encoding: %s)"
-            raise ProtocolError(text, where, _printable(coding, 40))
+            raise ProtocolError(text, _shown(answer.url), _printable(coding, 40))
         if start:
             yield start
     yield from pieces
@@ -2627,15 +2639,16 @@ class _Pace:
         """Whether blocks may be cut into pieces for several connections."""
         return self.most > 1 and time.monotonic() >= self._crowded_until
 
+    def is_due(self) -> bool:
+        """Whether it is time for the calling thread's next sample."""
+        return time.monotonic() - getattr(self._mine, "last", (0.0,))[0] >= _SAMPLE
+
     def sample(self, may_grow: bool) -> None:
-        """Count the calling thread's CPU time and adapt; cheap if called too often."""
-        now, mine = time.monotonic(), self._mine
-        counted, before = getattr(mine, "last", (0.0, _thread_time()))
-        if now - counted < _SAMPLE:
-            return
-        cpu = _thread_time()
+        """Count the calling thread's CPU time and adapt."""
+        now, cpu, mine = time.monotonic(), _thread_time(), self._mine
+        counted, before = getattr(mine, "last", (0.0, 0.0))
         with self._lock:
-            self._cpu += cpu - before
+            self._cpu += cpu - before if counted else 0.0
             mine.last = now, cpu
             passed = now - self._sampled
             if passed < _SAMPLE:
@@ -2850,9 +2863,9 @@ class _Window:
         self._sample()
 
     def _sample(self) -> None:
-        with self._arrived:
-            may_grow = self._may_grow()
-        self._pace.sample(may_grow)
+        if self._pace.is_due():
+            with self._arrived:
+                self._pace.sample(self._may_grow())
 
     # Who reads what.
 
@@ -3018,8 +3031,7 @@ class _Output:
         with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
             self._start = self._find_start(stream)
 
-    @staticmethod
-    def _find_start(stream: Any) -> Optional[int]:
+    def _find_start(self, stream: Any) -> Optional[int]:
         """Where a stream stands; None if it is not seekable or cannot be truncated."""
         if getattr(type(stream), "truncate", stream.truncate) is IOBase.truncate:
             return None
@@ -3027,7 +3039,8 @@ class _Output:
             return None
         with contextlib.suppress(AttributeError, OSError):  # BytesIO has no number
             number = stream.fileno()
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+            mode = os.fstat(number).st_mode
+            if not stat.S_ISREG(mode) and not (self._path and stat.S_ISCHR(mode)):
                 return None
             if fcntl and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND:
                 # As after ">>" in a shell, where the position begins at 0.
@@ -3053,7 +3066,12 @@ class _Output:
         """Forget what was written from `position` on."""
         with _naming(self._path):
             self._stream.seek((self._start or 0) + position)
-            self._stream.truncate()
+            try:
+                self._stream.truncate()
+            except OSError as error:
+                # A device has no length.
+                if error.errno != errno.EINVAL:
+                    raise
 
     def sync(self) -> None:
         """Have the data on the disk, where the file system can tell."""
@@ -3482,7 +3500,14 @@ class _Check:
 
     def copy(self) -> "_Check":
         """The state as it is now."""
-        return copy.copy(self)
+        return _copied(self)
+
+
+def _copied(one: _T, **changes: Any) -> _T:
+    """A shallow copy with changes. copy.copy is slow, and each block takes one."""
+    other = one.__class__.__new__(one.__class__)
+    other.__dict__.update(one.__dict__, **changes)
+    return other
 
 
 class _Bgzf(_Check):
@@ -3561,9 +3586,7 @@ class _Gzip(_Check):
 
     def copy(self) -> "_Gzip":
         """The state as it is now."""
-        other = copy.copy(self)
-        other._member = self._member.copy()
-        return other
+        return _copied(self, _member=self._member.copy())
 
 
 class _Verifier:
@@ -3586,10 +3609,8 @@ class _Verifier:
 
     def copy(self) -> "_Verifier":
         """The verifier as it is now, to be taken up again later."""
-        other = copy.copy(self)
-        other._md5 = self._md5 and self._md5.copy()
-        other._check = self._check.copy()
-        return other
+        md5 = self._md5 and self._md5.copy()
+        return _copied(self, _check=self._check.copy(), _md5=md5)
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes; IntegrityError if they are wrong."""
