@@ -177,10 +177,10 @@ _METER_LOG = 30.0
 _METER_SPAN = 5.0
 
 # Checkpoints of the journal are this many bytes or seconds apart, whichever is less,
-# but at least this fraction of the file: the journal of 1 TB stays at a few MB.
+# but at least this fraction of the file: the journal of 1 TB stays near 1 MB.
 _CHECKPOINT_BYTES = 1 << 20
 _CHECKPOINT_SECONDS = 1.0
-_CHECKPOINT_SHIFT = 11
+_CHECKPOINT_SHIFT = 10
 
 # New bytes that count as progress, so that the count of retries begins anew.
 _PROGRESS = 1 << 16
@@ -3761,24 +3761,23 @@ class _Delivery:
                 self._go_back()
             return
         self._transfer.start_over()
-        self._verifier = _new_verifier(self._transfer)
-        self._mark = _Mark(0, 0, 0, self._verifier.copy())
+        self._mark = _Mark(0, 0, 0, _new_verifier(self._transfer))
         self._go_back()
         if self._journal:
             self._journal.begin(self._identity())
 
     def _go_back(self) -> None:
         """Go back to the mark: in the output, or by a replay."""
-        mark = self._mark
-        if self._output is not None and self._output.is_seekable():
-            if self.position > mark.position:
-                self._output.truncate(mark.position)
-                self.position = mark.position
-                if self._journal:
-                    self._note()
-        elif self.position > mark.position and self._expected is None:
+        mark, is_beyond = self._mark, self.position > self._mark.position
+        is_seekable = self._output is not None and self._output.is_seekable()
+        if is_beyond and not is_seekable and self._expected is None:
             self._expected = self._crc
         self._at, self._crc = mark.position, mark.crc
+        if is_beyond and self._output is not None and is_seekable:
+            self._output.truncate(mark.position)
+            self.position = mark.position
+            if self._journal:
+                self._note()
         if self.position == mark.position:
             self._verifier = mark.verifier.copy()
 

@@ -39,9 +39,7 @@ setuptools.setup(
     extras_require={"test": ["pytest"]},
     entry_points={"console_scripts": ["htsget = htsget:main"]},
     cmdclass={"sdist": Sdist},
-    project_urls={
-        "Specification": "https://samtools.github.io/hts-specs/htsget.html"
-    },
+    project_urls={"Specification": "https://samtools.github.io/hts-specs/htsget.html"},
     classifiers=[
         "Development Status :: 5 - Production/Stable",
         "Environment :: Console",
