@@ -2624,8 +2624,9 @@ class _Pace:
         self._lock = threading.Lock()
         # Each thread's CPU time and the time when it was last counted.
         self._mine = threading.local()
-        self._cpu = 0.0
-        self._sampled = time.monotonic()
+        self._cpu = self._sampled = 0.0
+        # Seconds that the output or the stream's reader took of the interval.
+        self._delivery = 0.0
         # Samples in a row that found it busy, and how many it takes.
         self._busy = 0
         self._patience = _BUSY_SAMPLES
@@ -2643,17 +2644,24 @@ class _Pace:
         """Whether it is time for the calling thread's next sample."""
         return time.monotonic() - getattr(self._mine, "last", (0.0,))[0] >= _SAMPLE
 
+    def delivered(self, seconds: float) -> None:
+        """Count the time of a delivery: a slow output is not a slow server."""
+        self._delivery += seconds
+
     def sample(self, may_grow: bool) -> None:
         """Count the calling thread's CPU time and adapt."""
         now, cpu, mine = time.monotonic(), _thread_time(), self._mine
-        counted, before = getattr(mine, "last", (0.0, 0.0))
+        before = getattr(mine, "last", (now, cpu))[1]
         with self._lock:
-            self._cpu += cpu - before if counted else 0.0
+            self._cpu += cpu - before
             mine.last = now, cpu
+            # The first sample only begins the interval.
+            self._sampled = self._sampled or now
             passed = now - self._sampled
             if passed < _SAMPLE:
                 return
-            use, self._cpu, self._sampled = self._cpu / passed, 0.0, now
+            use = max(self._cpu, self._delivery) / passed
+            self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
             self._busy = self._busy + 1 if use > _BUSY else 0
             if use < _IDLE and may_grow and now >= self._crowded_until:
                 self.wanted = min(2 * self.wanted, self.most)
@@ -2764,10 +2772,12 @@ class _Window:
             offset = slot.part.start
             for data in self._read_own(slot) if slot.is_own else self._fetched(slot):
                 self._waits_since = None
+                begun = time.monotonic()
                 yield slot.part.block.index, offset, data
                 offset += len(data)
-                self._sample()
                 self._waits_since = time.monotonic()
+                self._pace.delivered(self._waits_since - begun)
+                self._sample()
             with self._arrived:
                 self._slots.popleft()
                 self._needed.notify_all()
@@ -3119,11 +3129,21 @@ class _PathOutput(_Output):
         self.journal = _Journal(self.part + ".json", existing)
         super().__init__(_open_part(self.part, existing), self.part)
         self.name = os.path.basename(path)
-        self._start = 0
+        self._start = self._settled = 0
 
     def size(self) -> int:
         """Bytes in the part file."""
         return os.fstat(self._stream.fileno()).st_size
+
+    def settle(self) -> None:
+        """Have the system write what is new to the disk meanwhile: less is lost in a
+        power cut, and the fsync at the end takes no time."""
+        start, self._settled = self._settled, self.size()
+        if hasattr(os, "posix_fadvise") and start < self._settled:
+            with contextlib.suppress(OSError):
+                advice = os.POSIX_FADV_DONTNEED
+                length = self._settled - start
+                os.posix_fadvise(self._stream.fileno(), start, length, advice)
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
         """What the part file has from `start` up to `stop`, or as far as it goes."""
@@ -3859,7 +3879,8 @@ class _Delivery:
 
     def _note(self) -> None:
         """Add a checkpoint; what is only guessed does not count."""
-        assert self._journal is not None
+        assert self._journal is not None and isinstance(self._output, _PathOutput)
+        self._output.settle()
         blocks, mark = self._transfer.tickets.blocks, self._mark
         crc, offset = self._crc, self._at - mark.position
         if mark.block < len(blocks) and blocks[mark.block].is_guessed:
