@@ -1209,7 +1209,8 @@ def test_what_comes_on_an_idle_connection_belongs_to_no_block(server, pause):
 
     output = Output()
     blocks = [server.at("/1", twice), server.at("/2", twice)]
-    htsget.get(server.ticket(blocks), output, **dict(QUICK, max_retries=0))
+    options = dict(QUICK, max_retries=0, connections=1)
+    htsget.get(server.ticket(blocks), output, **options)
     assert output.data == b"abcabc"
 
 
