@@ -302,6 +302,14 @@ def _require_tls_1_2(context: ssl.SSLContext) -> None:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
 
 
+def _notice_cut_tls(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Python 3.8 and 3.9 have OpenSSL 3 take a cut connection for a proper end
+    (SSL_OP_IGNORE_UNEXPECTED_EOF); goes with 3.9."""
+    if sys.version_info < (3, 10):
+        context.options &= ~0x80
+    return context
+
+
 def _new_md5() -> Any:
     """An MD5 object, or None where the system forbids MD5 (FIPS).
 
@@ -1551,7 +1559,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     def ssl_context(self) -> ssl.SSLContext:
         """The caller's context, or the default one."""
-        return self._ssl_context or _default_ssl_context()
+        return _notice_cut_tls(self._ssl_context or _default_ssl_context())
 
     def http_open(self, request: _Request) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
