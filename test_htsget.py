@@ -2014,7 +2014,8 @@ def test_one_refusal_in_mid_block_costs_the_bytes_in_flight(server, code, given)
     if given:
         source = htsget.Ticket(None, [htsget.DataBlock(*blocks[0])])
     assert fetch(source) == data
-    assert server.sent < 1.25 * len(data)
+    # On loopback, megabytes are under way on a connection that is dropped.
+    assert server.sent < 1.5 * len(data)
 
 
 class Expiring:
