@@ -54,6 +54,7 @@ import zipapp
 import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+PYPY = sys.implementation.name == "pypy"
 
 # A key and a certificate for loopback, valid from 2020 to 2150; for these tests only.
 TLS_KEY = """\
@@ -5642,6 +5643,7 @@ def test_a_signal_before_any_data_claims_nothing(slow, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.skipif(PYPY, reason="PyPy does not tell that a signal is ignored")
 def test_nohup_is_obeyed(slow, tmp_path):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -8236,6 +8238,7 @@ with open("/proc/self/status") as file:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+@pytest.mark.skipif(PYPY, reason="PyPy collects its garbage later")
 def test_inline_data_takes_little_more_memory_than_the_ticket(server):
     head, tail = b'{"htsget": {"urls": [{"url": "data:;base64,', b'"}]}}'
 
