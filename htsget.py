@@ -4545,9 +4545,8 @@ def _hint(error: ClientError, args: argparse.Namespace) -> str:
         return "; the URLs of the ticket may have expired: get a new ticket"
     if error.error == "UnsupportedFormat":
         with contextlib.suppress(HtsgetException, LookupError, TypeError):
-            known = _options(args)
-            login = {name: known.get(name) for name in ("headers", "bearer_token")}
-            info = service_info(args.url, max_retries=0, timeout=10, **login)
+            options = dict(_options(args), max_retries=0, timeout=10)
+            info = service_info(args.url, **options)
             formats = ", ".join(info["htsget"]["formats"])
             return "; the server has " + _printable(formats)
     return ""

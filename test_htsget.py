@@ -3375,6 +3375,18 @@ def test_errors_come_with_a_hint(server, status, body, words):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_the_formats_of_a_hint_are_asked_for_as_the_ticket_is(
+    tls_server, tmp_path, command_line
+):
+    bundle = tmp_path / "ca.pem"
+    bundle.write_text(TLS_CERTIFICATE)
+    body = b'{"htsget": {"error": "UnsupportedFormat", "message": "no"}}'
+    tls_server.at("/reads/service-info", json.dumps(INFO).encode())
+    url = tls_server.at("/reads/x", lambda h: h.reply(400, body))
+    result = command_line(url, "--cacert", bundle, "-O", tmp_path / "o")
+    assert result[0] == 1 and "BAM, CRAM" in result[2]
+
+
 def test_messages_by_verbosity(server, tmp_path):
     data = make_bam(1000)
     path = str(tmp_path / "out.bam")
