@@ -1424,15 +1424,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         _require_private(url, own)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
-        new = _Request(url, own, body, req.private, req.cookies)
-        if new.cookies is None and headers.get("set-cookie"):
+        jar = req.cookies
+        if jar is None and headers.get("set-cookie"):
             import http.cookiejar
 
             jar = http.cookiejar.CookieJar()
-            new = _Request(url, own, body, req.private, jar)
-        if new.cookies is not None:
-            new.cookies.extract_cookies(fp, req)
-            new.cookies.add_cookie_header(new)
+        new = _Request(url, own, body, req.private, jar)
+        if jar is not None:
+            jar.extract_cookies(fp, req)
+            jar.add_cookie_header(new)
         return new
 
     @staticmethod
@@ -1877,12 +1877,19 @@ def _evidence(answer: _Answer) -> Tuple[str, str, Any]:
     and can be believed: some servers give the length of the slice as the size."""
     fields = answer.fields
     etag, date = fields.get("etag", ""), fields.get("last-modified", "")
-    match = _CONTENT_RANGE.match(fields.get("content-range", "").strip())
-    size = None
-    if match and (match.group(3) or "*") != "*":
-        first, last, total = map(int, match.groups())
-        size = total if total > last and total != last + 1 - first else None
-    return etag.strip(), date.strip(), size
+    first, stop, total = _content_range(answer) or (0, 0, None)
+    is_believed = total is not None and total >= stop and total != stop - first
+    return etag.strip(), date.strip(), total if is_believed else None
+
+
+def _content_range(answer: _Answer) -> Optional[Tuple[int, int, Optional[int]]]:
+    """Where the first byte of an answer lies in its file, where the last one ends, and
+    the file's size if that is given; None if no Content-Range says so."""
+    match = _CONTENT_RANGE.match(answer.fields.get("content-range", "").strip())
+    if match is None:
+        return None
+    first, last, total = match.groups()
+    return int(first), int(last) + 1, None if total in (None, "*") else int(total)
 
 
 def _is_same_date(*dates: str) -> bool:
@@ -2243,29 +2250,26 @@ _Located = Tuple[Optional[_Span], int]
 def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
     """Where in the block the answer's body lies; ProtocolError if it cannot. Whatever
     contradicts a changed Range, the ticket's own request must tell."""
-    length, text = answer.size, answer.fields.get("content-range")
+    length, said = answer.size, _content_range(answer)
     if answer.status == 200:
         return _locate_full(block, asked, length)
     if not block.is_range and not asked.is_changed:
         # The range is in the query; what a Range would mean is anybody's guess.
         return _Span(0, length, is_final=True), _OWN
-    match = _CONTENT_RANGE.match((text or "").strip())
     problem = ""
     if "multipart/" in answer.fields.get("content-type", "").lower():
         problem = "is multipart"
-    elif text is None:
+    elif "content-range" not in answer.fields:
         if asked.is_changed and (length is None or length != asked.size()):
             return None, _OWN
         if asked.end is None or length is None or length <= asked.end:
             return _locate_unlabelled(block, asked, length)
         problem = "has more than the range that was asked for"
-    elif match is None:
+    elif said is None:
         problem = "has a malformed Content-Range"
     else:
-        first, stop = int(match.group(1)), int(match.group(2)) + 1
-        total = int(match.group(3)) if (match.group(3) or "*") != "*" else None
-        if stop > first and length in (None, stop - first):
-            located = _locate_partial(block, asked, (first, stop, total))
+        if said[1] > said[0] and length in (None, said[1] - said[0]):
+            located = _locate_partial(block, asked, said)
             if located is not None:
                 return located
         problem = "has another range than was asked for"
@@ -2646,7 +2650,7 @@ class _Pace:
 
     def may_cut(self) -> bool:
         """Whether blocks may be cut into pieces for several connections."""
-        return self.most > 1 and time.monotonic() >= self._crowded_until
+        return self.most > 1 and not self._is_sparing()
 
     def is_due(self) -> bool:
         """Whether it is time for the calling thread's next sample."""
@@ -2671,8 +2675,8 @@ class _Pace:
             use = max(self._cpu, self._delivery) / passed
             self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
             self._busy = self._busy + 1 if use > _BUSY else 0
-            if use < _IDLE and may_grow and now >= self._crowded_until:
-                self.wanted = min(2 * self.wanted, self.most)
+            if use < _IDLE and may_grow:
+                self._grow()
             elif self._busy >= self._patience and self.wanted > 1:
                 # May oscillate: require twice the samples next time.
                 self._patience *= 2
@@ -2681,8 +2685,16 @@ class _Pace:
     def stall(self) -> None:
         """The caller's thread waits for a server: so may others meanwhile."""
         with self._lock:
-            if time.monotonic() >= self._crowded_until:
-                self.wanted = min(2 * self.wanted, self.most)
+            self._grow()
+
+    def _grow(self) -> None:
+        """Use twice as many (with the lock), unless a server is to be spared."""
+        if not self._is_sparing():
+            self.wanted = min(2 * self.wanted, self.most)
+
+    def _is_sparing(self) -> bool:
+        """Whether a server has refused one of several connections lately."""
+        return time.monotonic() < self._crowded_until
 
     def crowd(self) -> None:
         """A server refuses one of several connections: use half as many, and grow
@@ -3925,13 +3937,12 @@ class _Delivery:
             return False
         if not proven:
             _log.warning("starting over: cannot resume %s: it is damaged", output.part)
-            self._verifier = _new_verifier(self._transfer)
         return proven
 
     def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> bool:
         """Read the kept bytes once, and go to the last checkpoint that they prove."""
         blocks = self._transfer.tickets.blocks
-        verifier, crc, at = self._verifier, 0, 0
+        verifier, crc, at = self._verifier.copy(), 0, 0
         mark, best = self._mark, None
         for point in points:
             begin = point.position - point.offset
