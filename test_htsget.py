@@ -4474,11 +4474,11 @@ def checkpoints(journal):
 
 def proven(path):
     """The position of the last checkpoint that the part file at `path` bears out."""
-    part, journal = snapshot(path)
+    part, journal = [content or b"" for content in snapshot(path)]
     positions = [0] + [
         entry["position"]
-        for entry in checkpoints(journal or b"")
-        if entry["position"] <= len(part or b"")
+        for entry in checkpoints(journal)
+        if entry["position"] <= len(part)
         and zlib.crc32(part[: entry["position"]]) == entry["crc"]
     ]
     return positions[-1]
