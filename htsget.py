@@ -126,6 +126,9 @@ _ACCEPT = "application/vnd.ga4gh.htsget.v1.3.0+json, */*;q=0.8"
 # mmap threshold each of them would cost page faults.
 _CHUNK = 1 << 17
 
+# The same for what begins with a head: a small block comes along with it.
+_FIRST_READ = 1 << 16
+
 # Per-chunk overhead of buffering, in bytes.
 _CHUNK_COST = 250
 
@@ -1057,7 +1060,7 @@ class _Wire(RawIOBase):
         self._raw = raw
         self._sock = sock
         self._timeout = sock.gettimeout()
-        self._deadline: Optional[float] = None
+        self.deadline: Optional[float] = None
 
     def readable(self) -> bool:
         """Yes."""
@@ -1065,8 +1068,8 @@ class _Wire(RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what one receive brings, within the deadline if there is one."""
-        if self._deadline is not None:
-            left = self._deadline - time.monotonic()
+        if self.deadline is not None:
+            left = self.deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout("timed out")
             self._sock.settimeout(left)
@@ -1074,13 +1077,13 @@ class _Wire(RawIOBase):
 
     def hurry(self) -> None:
         """Let all that comes from now on take `timeout` as a whole."""
-        if self._deadline is None and self._timeout is not None:
-            self._deadline = time.monotonic() + self._timeout
+        if self.deadline is None and self._timeout is not None:
+            self.deadline = time.monotonic() + self._timeout
 
     def relax(self) -> None:
         """Let each receive have `timeout` for itself."""
-        if self._deadline is not None:
-            self._deadline = None
+        if self.deadline is not None:
+            self.deadline = None
             with contextlib.suppress(OSError):
                 self._sock.settimeout(self._timeout)
 
@@ -1095,13 +1098,14 @@ class _Lines(BufferedReader):
     error, and a run of lines (head, trailers) has `timeout` as a whole."""
 
     def __init__(self, wire: _Wire) -> None:
-        super().__init__(wire)
+        super().__init__(wire, _FIRST_READ)
         self.wire = wire
         self.last = b""
 
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Read a line; b"" only where nothing has come at all."""
-        self.wire.hurry()
+        if self.wire.deadline is None:
+            self.wire.hurry()
         line = super().readline(limit)
         if not line.endswith(b"\n") and len(line) != limit and (line or self.last):
             raise http.client.IncompleteRead(line)
@@ -1135,17 +1139,18 @@ class _Answer(http.client.HTTPResponse):
             self.headers = None  # type: ignore
             super().begin()
         # By lower-case name: these are looked up a lot.
-        self.fields = {k.lower(): v for k, v in reversed(self.headers.items())}
+        raw = reversed(list(self.headers.raw_items()))
+        self.fields = {name.lower(): value for name, value in raw}
         lengths = ",".join(self.headers.get_all("content-length", [])).split(",")
         size = set(map(str.strip, lengths)) - {""}
         coding = self.fields.get("transfer-encoding", "identity").strip().lower()
         unclear = coding not in ("identity", "chunked") or (self.chunked and size)
         if unclear or len(size) > 1 or not re.match("[0-9]{0,18}\\Z", "".join(size)):
             raise http.client.HTTPException("malformed or contradictory framing")
-        # Those of a multipart body are none of the head.
-        defects = " ".join(type(defect).__name__ for defect in self.headers.defects)
-        if re.search(r"\b(?!\w*(Multipart|Boundary))\w", defects):
-            raise http.client.HTTPException("malformed headers")
+        for defect in self.headers.defects:
+            # Those of a multipart body are none of the head.
+            if not re.search("Multipart|Boundary", type(defect).__name__):
+                raise http.client.HTTPException("malformed headers")
         if size or self.status in (204, 304):
             self.size = 0 if self.status in (204, 304) else int(size.pop())
         self.framed = self.chunked or self.size is not None
@@ -1231,10 +1236,10 @@ class _Answer(http.client.HTTPResponse):
 
     def _release(self, is_complete: bool = True) -> None:
         """Let go of the connection, which is free if the body is complete."""
-        self._lines.wire.relax()
-        super().close()
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._lines.wire.relax()
+            super().close()
             connection.release(is_complete and self.framed and not self.will_close)
 
 
@@ -1247,8 +1252,10 @@ class _Connection(http.client.HTTPConnection):
         parts = urllib.parse.urlsplit("//" + host)
         port = parts.port or (443 if scheme == "https" and not self._tunnel else 80)
         super().__init__(parts.hostname or "", port, timeout=request.timeout)
-        # URL, proxy and whether there was a login, of the last request.
+        # URL, proxy and whether there was a login, of the last request; and all that
+        # was sent of it, until its answer comes.
         self.asked = ("", "", False)
+        self._sent: Any = None
         self._pool = pool
         self._proxy_login = request.headers.get("Proxy-authorization")
         # Also while http.client has handed its socket to the answer.
@@ -1315,16 +1322,25 @@ class _Connection(http.client.HTTPConnection):
         finally:
             http.client.HTTPResponse.close(answer)
 
-    def exchange(self, request: "_Request") -> _Answer:
-        """Send a request and read the head of its answer."""
+    def ask(self, request: "_Request") -> None:
+        """Send a request, unless this very one was sent ahead."""
         headers = dict(request.unredirected_hdrs, **request.headers)
         if self._tunnel:
             headers.pop("Proxy-authorization", None)
-        self.asked = request.full_url, _via(request), "Authorization" in headers
         titled = {name.title(): value for name, value in headers.items()}
-        data: Any = request.data
-        self.request(request.get_method(), request.selector, data, titled)
+        wanted: Any = request.get_method(), request.selector, request.data, titled
+        if self._sent is None:
+            self.asked = request.full_url, _via(request), "Authorization" in headers
+            self.request(*wanted)
+            self._sent = wanted
+        elif self._sent != wanted:
+            raise ConnectionError("another request was sent ahead")
+
+    def exchange(self, request: "_Request") -> _Answer:
+        """Send a request and read the head of its answer."""
+        self.ask(request)
         answer: Any = self.getresponse()
+        self._sent = None
         self._pool.hosts.reached.add(self.host)
         return answer  # type: ignore
 
@@ -1365,6 +1381,7 @@ class _Request(urllib.request.Request):
         body: Optional[bytes] = None,
         private: bool = False,
         cookies: Any = None,
+        ahead: Optional[_Connection] = None,
     ) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1374,6 +1391,8 @@ class _Request(urllib.request.Request):
         self.private = private
         self.cookies = cookies
         self.timeout: Optional[float] = None
+        # Where it was sent ahead of its time.
+        self.ahead = ahead
 
 
 def _via(request: _Request) -> str:
@@ -1539,10 +1558,12 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         headers: Dict[str, str],
         body: Optional[bytes] = None,
         private: bool = False,
+        ahead: Optional[_Connection] = None,
     ) -> _Answer:
-        """The answer to a request after redirects, whatever its status."""
+        """The answer to a request after redirects, whatever its status. `ahead`: what
+        `ask_ahead` returned for it."""
         _require_private(url, headers)
-        request: Any = _Request(url, headers, body, private)
+        request: Any = _Request(url, headers, body, private, ahead=ahead)
         answer: Any = self._opener.open(request, timeout=self._timeout)
         if _log.isEnabledFor(logging.DEBUG):
             method, shown = request.get_method(), _shown(answer.url)
@@ -1555,6 +1576,19 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             return self.request(answer.url, other)
         return answer  # type: ignore
 
+    def ask_ahead(self, url: str, headers: Dict[str, str]) -> Optional[_Connection]:
+        """Send a request whose answer is wanted soon, if an idle connection (without
+        a proxy) is there for it; `request` takes up what this returns."""
+        request: Any = self.http_request(_Request(url, headers))
+        connection = self._take_idle((request.type, request.host, None))
+        if connection is not None:
+            try:
+                connection.ask(request)
+                self.take_back(connection, True)
+            except _LIBRARY_ERRORS:
+                self.take_back(connection, False)
+        return connection
+
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def ssl_context(self) -> ssl.SSLContext:
@@ -1565,7 +1599,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         """Exchange a request for an answer (called by the opener)."""
         key = request.type, request.host, getattr(request, "_tunnel_host", None)
         while True:
-            connection = self._take_idle(key)
+            connection = self._take_idle(key, request.ahead)
             is_idle = connection is not None
             try:
                 connection = connection or self._new(key, request)
@@ -1588,9 +1622,12 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     https_open = http_open
 
-    def _take_idle(self, key: Any) -> Optional[_Connection]:
+    def _take_idle(self, key: Any, ahead: Any = None) -> Optional[_Connection]:
         while True:
             with self._lock:
+                if ahead in self._idle:
+                    self._idle.remove(ahead)
+                    return ahead  # type: ignore
                 fitting = [one for one in self._idle if one.key == key]
                 if not fitting:
                     return None
@@ -1877,15 +1914,17 @@ def _evidence(answer: _Answer) -> Tuple[str, str, Any]:
     and can be believed: some servers give the length of the slice as the size."""
     fields = answer.fields
     etag, date = fields.get("etag", ""), fields.get("last-modified", "")
-    first, stop, total = _content_range(answer) or (0, 0, None)
+    text = fields.get("content-range", "")
+    first, stop, total = _content_range(text) or (0, 0, None)
     is_believed = total is not None and total >= stop and total != stop - first
     return etag.strip(), date.strip(), total if is_believed else None
 
 
-def _content_range(answer: _Answer) -> Optional[Tuple[int, int, Optional[int]]]:
+@functools.lru_cache(maxsize=64)
+def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
     """Where the first byte of an answer lies in its file, where the last one ends, and
-    the file's size if that is given; None if no Content-Range says so."""
-    match = _CONTENT_RANGE.match(answer.fields.get("content-range", "").strip())
+    the file's size if that is given, by a Content-Range; None if it does not say so."""
+    match = _CONTENT_RANGE.match(text.strip())
     if match is None:
         return None
     first, last, total = match.groups()
@@ -2250,7 +2289,7 @@ _Located = Tuple[Optional[_Span], int]
 def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
     """Where in the block the answer's body lies; ProtocolError if it cannot. Whatever
     contradicts a changed Range, the ticket's own request must tell."""
-    length, said = answer.size, _content_range(answer)
+    length, said = answer.size, _content_range(answer.fields.get("content-range", ""))
     if answer.status == 200:
         return _locate_full(block, asked, length)
     if not block.is_range and not asked.is_changed:
@@ -2355,6 +2394,8 @@ class _Part:
         self._has_moved = False
         # Why the last attempt failed.
         self._failure: Optional[HtsgetException] = None
+        # Where the first request was sent ahead of its time.
+        self._ahead: Optional[_Connection] = None
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
@@ -2373,9 +2414,15 @@ class _Part:
         """Let the part end somewhere else; called by the thread that reads it."""
         self.end = end
 
-    def read(self, is_crowded: Callable[["_Part"], bool]) -> _Pieces:
+    def read(
+        self,
+        is_crowded: Callable[["_Part"], bool],
+        ahead: Optional[_Connection] = None,
+    ) -> _Pieces:
         """Deliver the bytes, with retries. `is_crowded` is asked when the server
-        refuses this connection: True ends the part here for others to go on."""
+        refuses this connection: True ends the part here for others to go on. `ahead`:
+        what `ask_ahead` returned."""
+        self._ahead = ahead
         if self.block.data is not None:
             begin, self.position = self.position, self.limit() or 0
             yield self.block.data[begin : self.position]
@@ -2537,7 +2584,8 @@ class _Part:
             # Not all at the same moment.
             delay = self._transfer.hosts.delay(url)
             self._transport.wait(delay + random.uniform(0, 0.1))
-        return self._transport.request(url, asked.headers)
+        ahead, self._ahead = self._ahead, None
+        return self._transport.request(url, asked.headers, ahead=ahead)
 
     def _on_refusal(self, asked: _Asked, answer: _Answer, ticket: int) -> _Answer:
         """The answer to the same request after all; `_Again` when another one may
@@ -2660,8 +2708,9 @@ class _Pace:
         """Count the time of a delivery: a slow output is not a slow server."""
         self._delivery += seconds
 
-    def sample(self, may_grow: bool) -> None:
-        """Count the calling thread's CPU time and adapt."""
+    def sample(self, may_grow: bool, is_whole: bool) -> None:
+        """Count the calling thread's CPU time; and adapt to what all have used, if the
+        most important one of them is not missing in it (`is_whole`)."""
         now, cpu, mine = time.monotonic(), _thread_time(), self._mine
         before = getattr(mine, "last", (now, cpu))[1]
         with self._lock:
@@ -2670,7 +2719,7 @@ class _Pace:
             # The first sample only begins the interval.
             self._sampled = self._sampled or now
             passed = now - self._sampled
-            if passed < _SAMPLE:
+            if not is_whole or passed < _SAMPLE:
                 return
             use = max(self._cpu, self._delivery) / passed
             self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
@@ -2782,6 +2831,8 @@ class _Window:
         # full slots should give up their connections for it.
         self._waits_since: Optional[float] = time.monotonic()
         self._is_starving = False
+        # Where the next block was asked for while the one before was delivered.
+        self._ahead: Optional[_Connection] = None
 
     def chunks(self) -> Generator[Tuple[int, int, bytes], None, None]:
         """All bytes in order, as (block, offset in it, data)."""
@@ -2797,10 +2848,12 @@ class _Window:
                 offset += len(data)
                 self._waits_since = time.monotonic()
                 self._pace.delivered(self._waits_since - begun)
-                self._sample()
+                self._sample(is_own=True)
             with self._arrived:
                 self._slots.popleft()
-                self._needed.notify_all()
+                if self._pace.wanted > 1:
+                    # A lone helper only watches: not to be woken block by block.
+                    self._needed.notify_all()
 
     def close(self) -> None:
         """End all helpers, within a second in all."""
@@ -2831,9 +2884,22 @@ class _Window:
 
     def _read_own(self, slot: _Slot) -> Iterator[bytes]:
         """Read a part in the caller's thread."""
-        for data in slot.part.read(self._is_crowded):
+        part, ahead, self._ahead = slot.part, self._ahead, None
+        for data in part.read(self._is_crowded, ahead):
+            if part.is_complete() and self._pace.wanted == 1:
+                self._ask_ahead()
             yield data
-            self._adjust(slot.part)
+            self._adjust(part)
+
+    def _ask_ahead(self) -> None:
+        """Ask for the next block while the last bytes of this one are written: the
+        server takes a moment to answer. Only for a Range, as the answer to it says
+        which bytes it has."""
+        if not self._unread and not self._is_all_claimed():
+            block = self._transfer.tickets.blocks[self._next]
+            url, asked = block.request[0], _ask(block, 0, None)
+            if block.is_range and block.size and self._transfer.hosts.delay(url) <= 0:
+                self._ahead = self._transport.ask_ahead(url, asked.headers)
 
     def _adjust(self, part: _Part) -> None:
         """Leave the rest of the block that the caller's thread reads to helpers, if
@@ -2890,12 +2956,18 @@ class _Window:
         """Wait a moment for a change (with the lock)."""
         self._transport.wait(0)
         change.wait(_SAMPLE)
-        self._sample()
+        self._sample(is_own=change is self._arrived)
 
-    def _sample(self) -> None:
+    def _sample(self, is_own: bool) -> None:
         if self._pace.is_due():
             with self._arrived:
-                self._pace.sample(self._may_grow())
+                # While the caller's thread does not wait, only it knows what it used.
+                self._pace.sample(self._may_grow(), is_own or self._is_stalled())
+
+    def _is_stalled(self) -> bool:
+        """Whether the caller's thread has waited for a while."""
+        since = self._waits_since
+        return since is not None and time.monotonic() - since > 2 * _SAMPLE
 
     # Who reads what.
 
@@ -3000,9 +3072,7 @@ class _Window:
         """The next part to read ahead, once there is need and room for it."""
         with self._arrived:
             while True:
-                since, now = self._waits_since, time.monotonic()
-                stalled = since is not None and now - since > 2 * _SAMPLE
-                if self._pace.wanted == 1 and stalled and self._may_grow():
+                if self._pace.wanted == 1 and self._is_stalled() and self._may_grow():
                     self._pace.stall()
                 reading = sum(not slot.is_done for slot in self._slots)
                 room = len(self._slots) < self._most_slots()
@@ -3027,7 +3097,7 @@ class _Window:
                                 # Another part may be waiting for the connection.
                                 pieces.close()
                             self._rest(self._needed)
-                    self._sample()
+                    self._sample(is_own=False)
 
 
 # ---- output and journal
