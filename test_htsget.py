@@ -1215,6 +1215,47 @@ def test_what_comes_on_an_idle_connection_belongs_to_no_block(server, pause):
     assert output.data == b"abcabc"
 
 
+class Watching(Unseekable):
+    """An output whose writes take until `path` was asked for twice, or 0.3 s; notes
+    how often it was then."""
+
+    def __init__(self, server, path="/file"):
+        super().__init__()
+        self.server, self.path = server, path
+        self.asked = []
+
+    def write(self, data):
+        deadline = time.monotonic() + 0.3
+        while len(self.server.asked(self.path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.asked.append(len(self.server.asked(self.path)))
+        return super().write(data)
+
+
+def test_the_next_block_is_asked_for_while_one_is_written(server):
+    data = pattern(2000)
+    url = server.ticket(sliced(server, data, count=2))
+    output = Watching(server)
+    htsget.get(url, output, connections=1)
+    assert (output.data, output.asked[0]) == (data, 2)
+    assert len(server.asked("/file")) == 2
+    assert server.connections == 1
+
+
+def test_a_block_that_cannot_say_what_it_sends_is_not_asked_for_ahead(server):
+    # An answer that nobody asked for could be taken for its own.
+    output = Watching(server, "/b")
+    htsget.get(server.ticket([server.at("/b", b"abc")] * 2), output, connections=1)
+    assert (output.data, output.asked) == (b"abcabc", [1, 2])
+
+
+def test_an_answer_that_was_asked_for_ahead_and_lost_costs_no_retry(server):
+    data = pattern(2000)
+    lost = [None, lambda handler, *answer: handler.cut() or True]
+    blocks = sliced(server, data, count=3, damages=lost)
+    assert fetch(server.ticket(blocks), max_retries=0) == data
+
+
 def test_a_tls_connection_that_ends_without_an_answer_costs_no_retry(
     tls_server, trusting
 ):
