@@ -215,24 +215,13 @@ _FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
 _ALLOW_PLAIN = ("HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER", "I understand the risks")
 
 # Where CA certificates come from; OpenSSL itself reads the first two.
-_CA_VARIABLES = (
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-)
+_CA_VARIABLES = "SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE".split()
 
 # Headers of a ticket that would interfere with the framing of messages.
-_FRAMING_HEADERS = {
-    "accept-encoding",
-    "connection",
-    "content-length",
-    "expect",
-    "keep-alive",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-}
+_FRAMING_HEADERS = set(
+    "accept-encoding connection content-length expect keep-alive te transfer-encoding"
+    " upgrade".split()
+)
 
 # Query parameters of signed URLs: they change when a URL is signed anew.
 _SIGNATURE = re.compile(
@@ -1328,7 +1317,7 @@ class _Connection(http.client.HTTPConnection):
         if self._tunnel:
             headers.pop("Proxy-authorization", None)
         titled = {name.title(): value for name, value in headers.items()}
-        wanted: Any = request.get_method(), request.selector, request.data, titled
+        wanted: Any = (request.get_method(), request.selector, request.data, titled)
         if self._sent is None:
             self.asked = request.full_url, _via(request), "Authorization" in headers
             self.request(*wanted)
@@ -1687,7 +1676,7 @@ def _default_ssl_context(cacert: Optional[str] = None) -> ssl.SSLContext:
 @functools.lru_cache(maxsize=8)
 def _ssl_context(*paths: Optional[str]) -> ssl.SSLContext:
     """Verifying, TLS 1.2 or later, for exactly these values."""
-    named = [pair for pair in zip(("--cacert",) + _CA_VARIABLES, paths) if pair[1]]
+    named = [pair for pair in zip(["--cacert", *_CA_VARIABLES], paths) if pair[1]]
     context = ssl.create_default_context()
     for name, path in named:
         if not os.path.exists(path or ""):
