@@ -5817,7 +5817,7 @@ def test_a_refused_request_leaves_what_was_there(server, tmp_path, what, kept):
 # -- a random model of all that
 
 
-MODEL_SECONDS = float(os.environ.get("HTSGET_MODEL_SECONDS", 5))
+MODEL_SECONDS = float(os.environ.get("HTSGET_MODEL_SECONDS", 3))
 
 
 def drained(number):
