@@ -6077,16 +6077,15 @@ def test_no_story_ends_with_wrong_bytes(tmp_path, chapter):
     deadline = time.monotonic() + min(MODEL_SECONDS, 8)
 
     def tell_stories(seed):
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or seed < first + 8:
             tell_story(seed, str(tmp_path / str(seed)))
             seed += 4
-        return seed
 
     first = 10000 * chapter
     with concurrent.futures.ThreadPoolExecutor(4, "test") as pool:
-        told = list(pool.map(tell_stories, range(first, first + 4)))
-    assert min(told) >= first + 8
-    while helpers() and time.monotonic() < deadline + 3:
+        list(pool.map(tell_stories, range(first, first + 4)))
+    deadline = time.monotonic() + 3
+    while helpers() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert helpers() == []
 
