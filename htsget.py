@@ -1247,13 +1247,13 @@ class _Connection(http.client.HTTPConnection):
     """A connection to a server, perhaps through a proxy, that another thread can shut
     down whatever this one waits for."""
 
-    def __init__(self, pool: "_Transport", key: Any, request: "_Request") -> None:
-        self.key = scheme, host, self._tunnel = key
-        parts = urllib.parse.urlsplit("//" + host)
-        port = parts.port or (443 if scheme == "https" and not self._tunnel else 80)
-        super().__init__(parts.hostname or "", port, timeout=request.timeout)
-        # URL, proxy and whether there was a login, of the last request; and all that
-        # was sent of it, until its answer comes.
+    def __init__(self, pool: "_Transport", request: "_Request") -> None:
+        self.route = scheme, host, self._tunnel = _route(request)
+        # A proxy is spoken to in plain http.
+        _, name, port = _origin(("http" if self._tunnel else scheme) + "://" + host)
+        super().__init__(name, port, timeout=request.timeout)
+        # URL, proxy and whether there was a login, of the last request; and its form
+        # (see `_form`), until its answer comes.
         self.asked = ("", "", False)
         self._sent: Any = None
         self._pool = pool
@@ -1288,7 +1288,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnel:
             self._open_tunnel(self._tunnel)
-        if self.key[0] == "https":
+        if self.route[0] == "https":
             name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
             wrapped = self._pool.ssl_context().wrap_socket(
                 self.sock,
@@ -1322,19 +1322,25 @@ class _Connection(http.client.HTTPConnection):
         finally:
             http.client.HTTPResponse.close(answer)
 
-    def ask(self, request: "_Request") -> None:
-        """Send a request, unless this very one was sent ahead."""
+    def _form(self, request: "_Request") -> Any:
+        """What is sent of a request: method, target, body and headers."""
         headers = dict(request.unredirected_hdrs, **request.headers)
         if self._tunnel:
             headers.pop("Proxy-authorization", None)
         titled = {name.title(): value for name, value in headers.items()}
-        wanted: Any = request.get_method(), request.selector, request.data, titled
+        return request.get_method(), request.selector, request.data, titled
+
+    def has_sent(self, request: "_Request") -> bool:
+        """Whether this very request was sent ahead."""
+        return self._sent is not None and self._sent == self._form(request)
+
+    def ask(self, request: "_Request") -> None:
+        """Send a request, unless it was sent ahead."""
         if self._sent is None:
-            self.asked = request.full_url, _via(request), "Authorization" in headers
-            self.request(*wanted)
-            self._sent = wanted
-        elif self._sent != wanted:
-            raise ConnectionError("another request was sent ahead")
+            form = self._form(request)
+            self.asked = request.full_url, _via(request), "Authorization" in form[3]
+            self.request(*form)
+            self._sent = form
 
     def exchange(self, request: "_Request") -> _Answer:
         """Send a request and read the head of its answer."""
@@ -1345,10 +1351,11 @@ class _Connection(http.client.HTTPConnection):
         return answer  # type: ignore
 
     def is_clean(self) -> bool:
-        """Whether nothing has come unasked: neither the connection's end nor bytes."""
-        pending = getattr(self.sock, "pending", None)
+        """Whether nothing was sent ahead, and nothing has come unasked: neither the
+        connection's end nor bytes."""
+        pending = getattr(self.sock, "pending", int)
         with contextlib.suppress(OSError, ValueError):
-            return not (pending and pending()) and not _is_readable(self.sock)
+            return not (self._sent or pending() or _is_readable(self.sock))
         return False
 
     def is_stopped(self) -> bool:
@@ -1381,7 +1388,6 @@ class _Request(urllib.request.Request):
         body: Optional[bytes] = None,
         private: bool = False,
         cookies: Any = None,
-        ahead: Optional[_Connection] = None,
     ) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1390,15 +1396,18 @@ class _Request(urllib.request.Request):
         self.own_headers = headers
         self.private = private
         self.cookies = cookies
-        self.timeout: Optional[float] = None
-        # Where it was sent ahead of its time.
-        self.ahead = ahead
+
+
+def _route(request: _Request) -> Tuple[str, str, Optional[str]]:
+    """What a connection for a request is made for: the scheme, the host (or proxy), and
+    the host that a proxy shall connect to, if any."""
+    return request.type, request.host or "", getattr(request, "_tunnel_host", None)
 
 
 def _via(request: _Request) -> str:
     """The proxy (host and port) that a request goes through, if any."""
-    tunnel = getattr(request, "_tunnel_host", None)
-    return request.host or "" if tunnel or request.has_proxy() else ""
+    _, host, tunnel = _route(request)
+    return host if tunnel or request.has_proxy() else ""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1558,12 +1567,10 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         headers: Dict[str, str],
         body: Optional[bytes] = None,
         private: bool = False,
-        ahead: Optional[_Connection] = None,
     ) -> _Answer:
-        """The answer to a request after redirects, whatever its status. `ahead`: what
-        `ask_ahead` returned for it."""
+        """The answer to a request after redirects, whatever its status."""
         _require_private(url, headers)
-        request: Any = _Request(url, headers, body, private, ahead=ahead)
+        request: Any = _Request(url, headers, body, private)
         answer: Any = self._opener.open(request, timeout=self._timeout)
         if _log.isEnabledFor(logging.DEBUG):
             method, shown = request.get_method(), _shown(answer.url)
@@ -1576,18 +1583,17 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             return self.request(answer.url, other)
         return answer  # type: ignore
 
-    def ask_ahead(self, url: str, headers: Dict[str, str]) -> Optional[_Connection]:
+    def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
         """Send a request whose answer is wanted soon, if an idle connection (without
-        a proxy) is there for it; `request` takes up what this returns."""
+        a proxy) is there for it; the same `request` takes up the answer."""
         request: Any = self.http_request(_Request(url, headers))
-        connection = self._take_idle((request.type, request.host, None))
+        connection = self._take_idle(request)
         if connection is not None:
             try:
                 connection.ask(request)
                 self.take_back(connection, True)
             except _LIBRARY_ERRORS:
                 self.take_back(connection, False)
-        return connection
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1597,19 +1603,16 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     def http_open(self, request: _Request) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
-        key = request.type, request.host, getattr(request, "_tunnel_host", None)
         while True:
-            connection = self._take_idle(key, request.ahead)
-            is_idle = connection is not None
+            idle = self._take_idle(request)
+            connection = idle or self._new(request)
             try:
-                connection = connection or self._new(key, request)
                 return connection.exchange(request)
             except BaseException as error:
-                if connection is not None:
-                    self.take_back(connection, False)
+                self.take_back(connection, False)
                 if self.stopped.is_set():
                     raise _Stopped from None
-                if is_idle and isinstance(error, _DEAD):
+                if idle and isinstance(error, _DEAD):
                     # It died while it was idle: that costs no retry.
                     continue
                 ours = isinstance(error, HtsgetException)
@@ -1622,30 +1625,27 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     https_open = http_open
 
-    def _take_idle(self, key: Any, ahead: Any = None) -> Optional[_Connection]:
+    def _take_idle(self, request: _Request) -> Optional[_Connection]:
+        """The connection where a request was sent ahead, or else the last used one."""
         while True:
             with self._lock:
-                if ahead in self._idle:
-                    self._idle.remove(ahead)
-                    return ahead  # type: ignore
-                fitting = [one for one in self._idle if one.key == key]
+                fitting = [one for one in self._idle if one.route == _route(request)]
                 if not fitting:
                     return None
-                self._idle.remove(fitting[-1])
-            if fitting[-1].is_clean():
-                return fitting[-1]
-            self.take_back(fitting[-1], False)
+                fitting.sort(key=lambda one: one.has_sent(request))
+                connection = fitting[-1]
+                self._idle.remove(connection)
+            if connection.has_sent(request) or connection.is_clean():
+                return connection
+            self.take_back(connection, False)
 
-    def _new(self, key: Any, request: _Request) -> _Connection:
-        connection = _Connection(self, key, request)
+    def _new(self, request: _Request) -> _Connection:
+        connection = _Connection(self, request)
         with self._lock:
             if self.stopped.is_set():
                 raise _Stopped
             self._open.add(connection)
-            surplus = self._idle[: max(0, len(self._open) - self._limit)]
-            del self._idle[: len(surplus)]
-        for old in surplus:
-            self.take_back(old, False)
+        self.close_idle(max(0, len(self._open) - self._limit))
         return connection
 
     def take_back(self, connection: _Connection, is_free: bool) -> None:
@@ -1657,10 +1657,11 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             self._open.discard(connection)
         connection.close()
 
-    def close_idle(self) -> bool:
-        """Close the idle connections, if there are any."""
+    def close_idle(self, most: Optional[int] = None) -> bool:
+        """Close idle connections (all, or that many), if there are any."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle[:most]
+            del self._idle[:most]
         for connection in idle:
             self.take_back(connection, False)
         return bool(idle)
@@ -2394,8 +2395,6 @@ class _Part:
         self._has_moved = False
         # Why the last attempt failed.
         self._failure: Optional[HtsgetException] = None
-        # Where the first request was sent ahead of its time.
-        self._ahead: Optional[_Connection] = None
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
@@ -2414,15 +2413,9 @@ class _Part:
         """Let the part end somewhere else; called by the thread that reads it."""
         self.end = end
 
-    def read(
-        self,
-        is_crowded: Callable[["_Part"], bool],
-        ahead: Optional[_Connection] = None,
-    ) -> _Pieces:
+    def read(self, is_crowded: Callable[["_Part"], bool]) -> _Pieces:
         """Deliver the bytes, with retries. `is_crowded` is asked when the server
-        refuses this connection: True ends the part here for others to go on. `ahead`:
-        what `ask_ahead` returned."""
-        self._ahead = ahead
+        refuses this connection: True ends the part here for others to go on."""
         if self.block.data is not None:
             begin, self.position = self.position, self.limit() or 0
             yield self.block.data[begin : self.position]
@@ -2579,13 +2572,11 @@ class _Part:
 
     def _request(self, asked: _Asked) -> _Answer:
         """The answer to a request, once its server may be asked."""
-        url = self.block.request[0]
-        while self._transfer.hosts.delay(url) > 0:
+        url, hosts = self.block.request[0], self._transfer.hosts
+        while hosts.delay(url) > 0:
             # Not all at the same moment.
-            delay = self._transfer.hosts.delay(url)
-            self._transport.wait(delay + random.uniform(0, 0.1))
-        ahead, self._ahead = self._ahead, None
-        return self._transport.request(url, asked.headers, ahead=ahead)
+            self._transport.wait(hosts.delay(url) + random.uniform(0, 0.1))
+        return self._transport.request(url, asked.headers)
 
     def _on_refusal(self, asked: _Asked, answer: _Answer, ticket: int) -> _Answer:
         """The answer to the same request after all; `_Again` when another one may
@@ -2831,8 +2822,6 @@ class _Window:
         # full slots should give up their connections for it.
         self._waits_since: Optional[float] = time.monotonic()
         self._is_starving = False
-        # Where the next block was asked for while the one before was delivered.
-        self._ahead: Optional[_Connection] = None
 
     def chunks(self) -> Generator[Tuple[int, int, bytes], None, None]:
         """All bytes in order, as (block, offset in it, data)."""
@@ -2884,8 +2873,8 @@ class _Window:
 
     def _read_own(self, slot: _Slot) -> Iterator[bytes]:
         """Read a part in the caller's thread."""
-        part, ahead, self._ahead = slot.part, self._ahead, None
-        for data in part.read(self._is_crowded, ahead):
+        part = slot.part
+        for data in part.read(self._is_crowded):
             if part.is_complete() and self._pace.wanted == 1:
                 self._ask_ahead()
             yield data
@@ -2897,9 +2886,9 @@ class _Window:
         which bytes it has."""
         if not self._unread and not self._is_all_claimed():
             block = self._transfer.tickets.blocks[self._next]
-            url, asked = block.request[0], _ask(block, 0, None)
+            url, headers, _ = block.request
             if block.is_range and block.size and self._transfer.hosts.delay(url) <= 0:
-                self._ahead = self._transport.ask_ahead(url, asked.headers)
+                self._transport.ask_ahead(url, headers)
 
     def _adjust(self, part: _Part) -> None:
         """Leave the rest of the block that the caller's thread reads to helpers, if
