@@ -1336,6 +1336,7 @@ class _Connection(http.client.HTTPConnection):
 
     def ask(self, request: "_Request") -> None:
         """Send a request, unless it was sent ahead."""
+        _require_private(request.full_url, request.headers)
         if self._sent is None:
             form = self._form(request)
             self.asked = request.full_url, _via(request), "Authorization" in form[3]
@@ -1449,7 +1450,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             raise ValueError
         url, login = _without_userinfo(newurl)
         own = dict(self._headers(req, url), **login)
-        _require_private(url, own)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
         jar = req.cookies
@@ -1569,7 +1569,6 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         private: bool = False,
     ) -> _Answer:
         """The answer to a request after redirects, whatever its status."""
-        _require_private(url, headers)
         request: Any = _Request(url, headers, body, private)
         answer: Any = self._opener.open(request, timeout=self._timeout)
         if _log.isEnabledFor(logging.DEBUG):
