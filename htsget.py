@@ -1031,7 +1031,6 @@ class _Hosts:
         self.reached: Set[str] = set()
         self.silent: Set[Any] = set()
         self._busy: Dict[Any, float] = {}
-        self._patient_until = 0.0
 
     def resolve(self, host: str, port: int) -> List[Any]:
         """What getaddrinfo says, silent addresses last."""
@@ -1042,7 +1041,6 @@ class _Hosts:
         """Let no connection ask a URL's origin for some time."""
         until = max(time.monotonic() + seconds, self._busy.get(_origin(url), 0.0))
         self._busy[_origin(url)] = until
-        self._patient_until = max(until, self._patient_until)
 
     def delay(self, url: str) -> float:
         """Seconds until a URL's origin may be asked again."""
@@ -1050,7 +1048,7 @@ class _Hosts:
 
     def is_patient(self) -> bool:
         """Whether a delay is pending for any origin."""
-        return time.monotonic() < self._patient_until
+        return time.monotonic() < max(list(self._busy.values()), default=0.0)
 
 
 class _Wire(RawIOBase):
@@ -1104,8 +1102,7 @@ class _Lines(BufferedReader):
 
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Read a line; b"" only where nothing has come at all."""
-        if self.wire.deadline is None:
-            self.wire.hurry()
+        self.wire.hurry()
         line = super().readline(limit)
         if not line.endswith(b"\n") and len(line) != limit and (line or self.last):
             raise http.client.IncompleteRead(line)
@@ -1151,27 +1148,25 @@ class _Answer(http.client.HTTPResponse):
             # Those of a multipart body are none of the head.
             if not re.search("Multipart|Boundary", type(defect).__name__):
                 raise http.client.HTTPException("malformed headers")
-        if size or self.status in (204, 304):
-            self.size = 0 if self.status in (204, 304) else int(size.pop())
+        # The library knows the statuses that have no body.
+        self.size = int(size.pop()) if size and self.length != 0 else self.length
         self.framed = self.chunked or self.size is not None
         self._lines.wire.relax()
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes; ContentLengthMismatch where it ends early."""
-        left = self.size
+        left = sys.maxsize if self.size is None else self.size
         failure: Optional[HtsgetException] = None
         records: List[bytes] = []
-        while left is None or left > 0:
-            most = _TLS_RECORD if records else _CHUNK
+        while left > 0:
             try:
-                data = self._receive(most if left is None else min(left, most))
+                data = self._receive(min(left, _TLS_RECORD if records else _CHUNK))
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url, self.via)
             if not data:
                 break
-            if left is not None:
-                left -= len(data)
-            if records or len(data) == _TLS_RECORD:
+            left -= len(data)
+            if records or (self.size and len(data) == _TLS_RECORD):
                 records.append(data)
                 if len(data) == _TLS_RECORD and len(records) < _TLS_RECORDS and left:
                     continue
@@ -1185,12 +1180,11 @@ class _Answer(http.client.HTTPResponse):
         if self._is_stopped():
             # The end is of our own making and says nothing about the body.
             raise _Stopped
-        if failure is None and left:
-            failure = ContentLengthMismatch(
-                "%s: the answer ended %d bytes early", _shown(self.url), left
-            )
         if failure is not None:
             raise failure
+        if self.size is not None and left:
+            text = "%s: the answer ended %d bytes early"
+            raise ContentLengthMismatch(text, _shown(self.url), left)
         self._release()
 
     def _receive(self, most: int) -> bytes:
@@ -1307,9 +1301,7 @@ class _Connection(http.client.HTTPConnection):
 
     def _open_tunnel(self, tunnel: str) -> None:
         """CONNECT, as http.client's own leaves out Host and the brackets of IPv6."""
-        target = (
-            tunnel if urllib.parse.urlsplit("//" + tunnel).port else tunnel + ":443"
-        )
+        target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
         lines = ["CONNECT %s HTTP/1.1" % target, "Host: " + target]
         if self._proxy_login:
             lines.append("Proxy-Authorization: " + self._proxy_login)
@@ -1421,13 +1413,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         """Follow a redirect, if the answer is one (called by the opener)."""
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
+        head: Any = answer.status, answer.reason, answer.headers
         try:
             # Without Location there is nowhere to go: a refusal.
-            reason, headers = answer.reason, answer.headers
-            return (
-                self.http_error_302(request, answer, answer.status, reason, headers)
-                or answer
-            )
+            return self.http_error_302(request, answer, *head) or answer
         except urllib.error.HTTPError as error:
             is_endless = str(error.msg).startswith(self.inf_msg)
             problem = "too many redirects" if is_endless else "not to http or https"
@@ -1475,11 +1464,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             return {name: headers[name] for name in public if name in headers}
         is_downgrade = (before[0], after[0]) == ("https", "http")
         if is_downgrade and set(headers) - {"Range", "If-Range"}:
-            raise ProtocolError(
-                "%s redirects to plain http, where the data block's headers must not "
-                "be sent",
-                _shown(request.full_url),
-            )
+            text = "%s redirects to plain http, where block headers must not be sent"
+            raise ProtocolError(text, _shown(request.full_url))
         return headers
 
 
@@ -1513,9 +1499,7 @@ def _proxy_for(scheme: str, host: str) -> Optional[str]:
 
     exceptions = urllib.request.getproxies().get("no", "").split(",")
     with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(
-            urllib.parse.urlsplit("//" + host).hostname or ""
-        )
+        address = ipaddress.ip_address(_origin("//" + host)[1])
         for entry in exceptions:
             with contextlib.suppress(ValueError):
                 if address in ipaddress.ip_network(entry.strip(" []"), strict=False):
@@ -1546,8 +1530,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         self.stopped = threading.Event()
         self._limit = options.connections
         self._ssl_context = options.ssl_context
-        timeout = options.timeout
-        self._timeout = None if timeout is None else min(timeout, _LONGEST_TIMEOUT)
+        self._timeout = options.timeout and min(options.timeout, _LONGEST_TIMEOUT)
         self._opener = urllib.request.OpenerDirector()
         for handler in (_Proxies(_proxies()), self, _Redirects()):
             self._opener.add_handler(handler)
@@ -1571,9 +1554,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         """The answer to a request after redirects, whatever its status."""
         request: Any = _Request(url, headers, body, private)
         answer: Any = self._opener.open(request, timeout=self._timeout)
-        if _log.isEnabledFor(logging.DEBUG):
-            method, shown = request.get_method(), _shown(answer.url)
-            _log.debug("%s %s: %d", method, shown, answer.status)
+        _log.debug("%s %s: %d", request.get_method(), _shown(answer.url), answer.status)
         elsewhere = answer.login and _origin(answer.url) != _origin(url)
         if elsewhere and not private and answer.status in (400, 401, 403):
             # A signed URL does not bear a second login.
@@ -1786,9 +1767,8 @@ def _explanation(text: str) -> Tuple[str, str]:
         # Nothing else of a JSON document is shown: it might be a ticket.
         found = re.findall(r'"(error|%s)"\s*:\s*%s' % ("|".join(keys), string), text)
         said = {key: json.loads(value, strict=False) for key, value in reversed(found)}
-        return said.get("error", ""), next(
-            (said[key] for key in keys if key in said), ""
-        )
+        messages = [said[key] for key in keys if key in said]
+        return said.get("error", ""), "".join(messages[:1])
     marked = re.findall(r"(?is)<(title|Code|Message)\b[^>]*>(.*?)</\1>", text)
     if marked and re.match(r"\s*<", text):
         import html
@@ -1804,9 +1784,8 @@ def _refusal(answer: _Answer, asked: str) -> HtsgetException:
     with contextlib.suppress(ValueError):
         error, message = _explanation(text)
     login = answer.login
-    if answer.status == 407:
+    if asked == "proxy" or answer.status == 407:
         asked = "proxy"
-    if asked == "proxy":
         scheme, host, _ = _origin(answer.url)
         login = "@" in (_proxy_for(scheme, host) or "")
     where = _shown(answer.url)
