@@ -1009,6 +1009,9 @@ class _Retry:
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _DEAD = (ConnectionError, ssl.SSLError)
 
+# Errors of a process, or system, that has too many connections open.
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
 # What the resolver says of names that do not exist.
 _NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
@@ -1113,13 +1116,11 @@ class _Lines(BufferedReader):
 class _Answer(http.client.HTTPResponse):
     """An answer, whose body is counted here; the library reads head and framing."""
 
-    def __init__(
-        self, sock: socket.socket, *args: Any, connection: "_Connection", **more: Any
-    ) -> None:
-        super().__init__(sock, *args, **more)
-        self.fp = self._lines = _Lines(_Wire(self.fp.detach(), sock))
+    def __init__(self, connection: "_Connection", *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.fp = self._lines = _Lines(_Wire(self.fp.detach(), connection.sock))
         self._connection: Optional[_Connection] = connection
-        self._is_stopped = connection.is_stopped
+        self._pool = connection.pool
         self.url, self.via, self.login = connection.asked
         # Bytes in the body, None where only its end will tell; and whether that end
         # can be told from a cut connection.
@@ -1177,7 +1178,7 @@ class _Answer(http.client.HTTPResponse):
             yield data
         if records:
             yield b"".join(records)
-        if self._is_stopped():
+        if self._pool.stopped.is_set():
             # The end is of our own making and says nothing about the body.
             raise _Stopped
         if failure is not None:
@@ -1234,7 +1235,8 @@ class _Answer(http.client.HTTPResponse):
         if connection is not None:
             self._lines.wire.relax()
             super().close()
-            connection.release(is_complete and self.framed and not self.will_close)
+            is_free = is_complete and self.framed and not self.will_close
+            self._pool.take_back(connection, is_free)
 
 
 class _Connection(http.client.HTTPConnection):
@@ -1250,33 +1252,29 @@ class _Connection(http.client.HTTPConnection):
         # (see `_form`), until its answer comes.
         self.asked = ("", "", False)
         self._sent: Any = None
-        self._pool = pool
+        self.pool = pool
+        # What http.client makes an answer with.
+        self.response_class: Any = functools.partial(_Answer, self)
         self._proxy_login = request.headers.get("Proxy-authorization")
         # Also while http.client has handed its socket to the answer.
         self._socket: Optional[socket.socket] = None
 
-    def response_class(self, sock: Any, *args: Any, **more: Any) -> Any:  # type: ignore
-        """What http.client makes an answer with."""
-        return _Answer(sock, *args, connection=self, **more)
-
     def connect(self) -> None:
         """Open the connection (called by http.client)."""
         failure = OSError("no address for %s" % self.host)
-        for found in self._pool.hosts.resolve(self.host, self.port):
-            sock = None
+        for *kind, _, address in self.pool.hosts.resolve(self.host, self.port):
             try:
-                sock = socket.socket(*found[:3])
-                sock.settimeout(self.timeout)
-                self._watch(sock)
-                sock.connect(found[4])
+                self._watch(socket.socket(*kind))
+                self.sock.settimeout(self.timeout)
+                self.sock.connect(address)
                 break
             except OSError as error:
                 failure = error
-                if sock is None and error.errno in (errno.EMFILE, errno.ENFILE):
+                if error.errno in _TOO_MANY_FILES:
                     raise
-                if sock is not None:
-                    sock.close()
-                self._pool.hosts.silent.add(found[4])
+                if self.sock is not None:
+                    self.sock.close()
+                self.pool.hosts.silent.add(address)
         else:
             raise failure
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1284,7 +1282,7 @@ class _Connection(http.client.HTTPConnection):
             self._open_tunnel(self._tunnel)
         if self.route[0] == "https":
             name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
-            wrapped = self._pool.ssl_context().wrap_socket(
+            wrapped = self.pool.ssl_context().wrap_socket(
                 self.sock,
                 server_hostname=name or self.host,
                 do_handshake_on_connect=False,
@@ -1296,7 +1294,7 @@ class _Connection(http.client.HTTPConnection):
     def _watch(self, sock: Any) -> None:
         """Take up a socket; from here on `shut_down` reaches it."""
         self.sock = self._socket = sock
-        if self.is_stopped():
+        if self.pool.stopped.is_set():
             raise _Stopped
 
     def _open_tunnel(self, tunnel: str) -> None:
@@ -1340,7 +1338,7 @@ class _Connection(http.client.HTTPConnection):
         self.ask(request)
         answer: Any = self.getresponse()
         self._sent = None
-        self._pool.hosts.reached.add(self.host)
+        self.pool.hosts.reached.add(self.host)
         return answer  # type: ignore
 
     def is_clean(self) -> bool:
@@ -1350,14 +1348,6 @@ class _Connection(http.client.HTTPConnection):
         with contextlib.suppress(OSError, ValueError):
             return not (self._sent or pending() or _is_readable(self.sock))
         return False
-
-    def is_stopped(self) -> bool:
-        """Whether the transport was stopped."""
-        return self._pool.stopped.is_set()
-
-    def release(self, is_free: bool) -> None:
-        """Go back to the pool, or end."""
-        self._pool.take_back(self, is_free)
 
     def shut_down(self) -> None:
         """End it; a thread that waits for it wakes up."""
@@ -1599,7 +1589,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
                 if ours or not isinstance(error, _LIBRARY_ERRORS):
                     raise
                 url, via = request.full_url, _via(request)
-                failure = _network_error(error, url, via, self.hosts)
+                failure = _network_error(error, url, via, self.hosts.reached)
             # Outside of the handler: its exception may hold what must not be shown.
             raise failure
 
@@ -1702,23 +1692,21 @@ def _origin(url: str) -> Tuple[str, str, int]:
 
 
 def _network_error(
-    error: Exception, url: str, via: str, hosts: Optional[_Hosts] = None
+    error: Exception, url: str, via: str, reached: Iterable[str] = ()
 ) -> HtsgetException:
     """The exception of ours for one of the standard library's, which becomes its cause
     unless its text may hold what must not be shown."""
     where = _shown(url) + (" (through the proxy %s)" % via if via else "")
     text = _printable(getattr(error, "strerror", None) or str(error), 150)
     host = _origin("http://" + via if via else url)[1]
-    known = hosts is None or host in hosts.reached
-    tls_problem = _tls_problem(error)
-    failure: HtsgetException = RetryableIOError(
-        "%s: %s" % (where, text or type(error).__name__), error
-    )
+    number, tls_problem = getattr(error, "errno", 0), _tls_problem(error)
+    is_unknown = number in _NO_SUCH_HOST and host not in reached
+    words = text or type(error).__name__
+    failure: HtsgetException = RetryableIOError("%s: %s" % (where, words), error)
     if tls_problem:
         failure = ProtocolError("%s: %s", where, tls_problem)
-    elif getattr(error, "errno", 0) in _NO_SUCH_HOST and not known:
-        if isinstance(error, socket.gaierror):
-            failure = ProtocolError("%s: cannot find the host: %s", where, text)
+    elif isinstance(error, socket.gaierror) and is_unknown:
+        failure = ProtocolError("%s: cannot find the host: %s", where, text)
     elif isinstance(error, http.client.IncompleteRead):
         failure = ContentLengthMismatch("%s: the answer was cut short", where)
     elif type(error) is http.client.BadStatusLine:
@@ -1727,9 +1715,7 @@ def _network_error(
         return ProtocolError("%s: the request cannot be sent", where)
     elif isinstance(error, socket.timeout):
         failure = RetryableIOError("%s: timed out waiting for data" % where, error)
-    elif getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-        failure._marked(_crowded=True)
-    return failure._marked(__cause__=error)
+    return failure._marked(__cause__=error, _crowded=number in _TOO_MANY_FILES)
 
 
 def _tls_problem(error: Exception) -> Optional[str]:
@@ -1745,10 +1731,7 @@ def _tls_problem(error: Exception) -> Optional[str]:
                     "this Python has no CA certificates: set SSL_CERT_FILE or use "
                     "--cacert"
                 )
-            text += (
-                "; for a private authority, name its certificate with --cacert or "
-                "SSL_CERT_FILE"
-            )
+            text += "; for a private authority, use --cacert or SSL_CERT_FILE"
         return "the server's certificate is not trusted: " + text
     if isinstance(error, ssl.SSLError):
         # Python 3.6 does not know the newer reasons, but shows them.
