@@ -339,6 +339,10 @@ class HtsgetException(Exception):
     _retry_after = 0.0
     # Whether the server, or this system, has too many connections open.
     _crowded = False
+    # Whether asking again, perhaps in another way, does not count as a retry.
+    _is_free = False
+    # Whether the object behind a block's URL is another one than before.
+    _is_changed = False
 
     def __init__(self, text: str = "", *values: Any) -> None:
         super().__init__(text % values if values else text)
@@ -436,33 +440,11 @@ class _Stopped(Exception):
 
 
 class _Restart(Exception):
-    """A reader cannot go on; the delivery decides where to begin again.
+    """A reader cannot go on; the delivery decides where to begin again."""
 
-    `is_changed`: the object behind the block's URL is another one than before.
-    `is_free`: the block is asked for in another way now, which does not count as a
-    retry: it only moves down.
-    """
-
-    def __init__(
-        self,
-        block: int,
-        error: HtsgetException,
-        is_changed: bool = False,
-        is_free: bool = False,
-    ) -> None:
-        super().__init__(block, error, is_changed, is_free)
+    def __init__(self, block: int, error: HtsgetException) -> None:
+        super().__init__(block, error)
         self.block, self.error = block, error
-        self.is_changed, self.is_free = is_changed, is_free
-
-
-class _Again(Exception):
-    """Ask once more, perhaps in another way; `error` is the reason. That counts as a
-    retry unless bytes came meanwhile, or it `is_free`."""
-
-    def __init__(self, error: HtsgetException, is_free: bool = False) -> None:
-        super().__init__(error, is_free)
-        self.error = error
-        self.is_free = is_free
 
 
 # ---- the ticket request
@@ -2353,7 +2335,7 @@ class _Part:
         # A way down that one answer has suggested, and the ticket it was of: it takes
         # a second answer to believe it.
         self._suggested = -1, -1
-        self._has_moved = False
+        self._way = block.way
         # Why the last attempt failed.
         self._failure: Optional[HtsgetException] = None
 
@@ -2382,7 +2364,7 @@ class _Part:
             yield self.block.data[begin : self.position]
             return
         retry = self._transfer.new_retry()
-        reached, self._failure = self.position, None
+        self._failure = None
         while not self.is_complete():
             url = self.block.request[0]
             try:
@@ -2390,27 +2372,21 @@ class _Part:
                     self.position += len(data)
                     retry.progress(len(data))
                     yield data
-            except _Again as again:
-                self._failure = again.error
-                if self.position == reached and not again.is_free:
-                    self._transfer.pause(retry, again.error, url)
             except HtsgetException as error:
                 self._failure = error
                 if error._crowded and is_crowded(self):
                     self._transfer.hosts.postpone(url, error._retry_after)
                     return
-                self._transfer.pause(retry, error, url)
-            reached = self.position
+                if not error._is_free:
+                    self._transfer.pause(retry, error, url)
 
     def _attempt(self) -> Iterator[bytes]:
         """Ask once for what is missing and deliver what comes."""
         block = self.block
         if self.position > 0 and (block.way != _RANGES or block.is_guessed):
-            where = _shown(block.request[0])
-            reason = RetryableError("%s: cannot be continued in the middle", where)
-            raise _Restart(
-                block.index, self._failure or reason, is_free=self._has_moved
-            )
+            text = "%s: cannot be continued in the middle"
+            reason = self._failure or RetryableError(text, _shown(block.request[0]))
+            raise _Restart(block.index, reason._marked(_is_free=self._has_moved()))
         asked, answer = self._open()
         with contextlib.closing(answer):
             span, way = _locate(block, asked, answer)
@@ -2420,10 +2396,10 @@ class _Part:
                 suggested, self._suggested = self._suggested, (way, block.request[2])
                 is_certain = span is not None or answer.status == 200
                 if is_certain or suggested == self._suggested:
-                    self._move_down(way)
+                    block.move_down(way)
             if span is None:
                 text = "%s does not say what it sends, or ignores the Range header"
-                raise _Again(RetryableError(text, _shown(answer.url)), is_free=True)
+                raise RetryableError(text, _shown(answer.url))._marked(_is_free=True)
             if answer.status == 206 or not block.is_range or span.start == -block.base:
                 # A slice that is sent as a file of its own has its own validators.
                 is_file = answer.status == 200 and span.is_final
@@ -2436,9 +2412,10 @@ class _Part:
             block.guess(span.is_guessed)
             yield from self._deliver(span, answer)
 
-    def _move_down(self, way: int) -> None:
-        self.block.move_down(way)
-        self._has_moved = True
+    def _has_moved(self) -> bool:
+        """Whether the block is asked for in another way than at first: as it only moves
+        down, to go on that way does not count as a retry."""
+        return self.block.way != self._way
 
     def _deliver(self, span: _Span, answer: _Answer) -> Iterator[bytes]:
         """What an answer has of the part; at its end, whether that was all."""
@@ -2452,7 +2429,7 @@ class _Part:
                 self.block.move_down(_WHOLE)
                 self.block.resource.ignores_ranges()
                 reason = _damaged(answer, "ignores the Range header")
-                raise _Restart(self.block.index, reason, is_free=True)
+                raise _Restart(self.block.index, reason._marked(_is_free=True))
             limit = self.limit()
             cut = len(data) if limit is None else max(0, limit - offset)
             new = data[max(0, self.position - offset) : cut]
@@ -2483,28 +2460,27 @@ class _Part:
         if limit is not None and offset >= limit:
             return
         if not span.is_final:
+            # Some servers give a range in pieces.
             text = "%s: gives less than was asked for"
-            raise _Again(ContentLengthMismatch(text, _shown(answer.url)))
+            reason = ContentLengthMismatch(text, _shown(answer.url))
+            raise reason._marked(_is_free=offset > span.start)
         self._learn_size(offset)
         if not answer.framed:
-            text = (
-                "%s does not announce the length of data block %d: accepting %d bytes"
-            )
+            text = "%s does not announce the size of data block %d: accepting %d bytes"
             _log.warning(text, _shown(answer.url), block.index + 1, offset)
 
     def _learn_size(self, size: int) -> None:
         """The block ends at `size`; only a Range may promise more than there is."""
         known = self.block.announced
         if self.position > 0 and known is not None and size < known:
-            self._raise_changed("%d bytes, then %d" % (known, size))
+            raise self._changed("%d bytes, then %d" % (known, size))
         self.block.learn_size(size)
 
-    def _raise_changed(self, conflict: str) -> None:
+    def _changed(self, conflict: str) -> _Restart:
         text, url = "%s has changed during the transfer (%s)", self.block.request[0]
         reason = ProtocolError(text, _shown(url), _printable(conflict))
-        raise _Restart(
-            self.block.index, reason._marked(_transient=True), is_changed=True
-        )
+        reason._marked(_transient=True, _is_changed=True)
+        return _Restart(self.block.index, reason)
 
     def _open(self) -> Tuple[_Asked, _Answer]:
         """What was asked, and an answer that has data of the known object."""
@@ -2528,8 +2504,7 @@ class _Part:
             # Behind a balancer, the next answer may come from another replica.
             answer.close()
             self._transport.wait(random.uniform(0, 0.002) * attempt)
-        self._raise_changed(conflict)
-        raise AssertionError
+        raise self._changed(conflict)
 
     def _request(self, asked: _Asked) -> _Answer:
         """The answer to a request, once its server may be asked."""
@@ -2540,8 +2515,8 @@ class _Part:
         return self._transport.request(url, asked.headers)
 
     def _on_refusal(self, asked: _Asked, answer: _Answer, ticket: int) -> _Answer:
-        """The answer to the same request after all; `_Again` when another one may
-        help, else the refusal.
+        """The answer to the same request after all; an error that is free when another
+        one may help, else the refusal.
 
         That a changed Range is refused means something only if the ticket's own
         request is served and the changed one is then refused once more; if both are
@@ -2559,19 +2534,19 @@ class _Part:
                 with contextlib.closing(proof):
                     is_end = status in (206, 416) and self._is_end(own, proof, answer)
                 if is_end:
-                    raise _Again(reason, is_free=True)
+                    raise reason._marked(_is_free=True)
                 answer = self._request(asked)
                 if answer.status in (200, 206) and answer.size != 0:
                     return answer
                 answer.close()
                 is_same = self.block.request[2] == ticket
                 if is_same and answer.status in _RANGE_REFUSED_STATUS:
-                    self._move_down(_OWN)
-                raise _Again(reason, is_free=self._has_moved)
+                    self.block.move_down(_OWN)
+                raise reason._marked(_is_free=self._has_moved())
             status, refusal = proof.status, _refusal(proof, "data block")
         if status in _EXPIRED_STATUS:
             if self._tickets.renew(self._transport, self.block, ticket):
-                raise _Again(reason, is_free=True)
+                raise reason._marked(_is_free=True)
         raise refusal
 
     def _is_end(self, own: _Asked, proof: _Answer, answer: _Answer) -> bool:
@@ -2588,7 +2563,7 @@ class _Part:
             end = int(match.group(1)) - base if match else self.position
             if self.position == self.start and not match:
                 # Of a part that begins beyond the end nobody knows where that is.
-                raise _Again(ContentLengthMismatch("%s: no data", _shown(answer.url)))
+                raise ContentLengthMismatch("%s: no data", _shown(answer.url))
         is_at_end = end == self.position or end < self.position == self.start
         if not is_at_end or (total is not None and total - base > end):
             return False
@@ -3795,12 +3770,12 @@ class _Delivery:
         sought, and comparing the bytes that were written already if not."""
         new = self.position - self._furthest
         self._furthest = max(self._furthest, self.position)
-        if restart.is_free or new >= _PROGRESS:
+        if restart.error._is_free or new >= _PROGRESS:
             self._retry.progress(new)
             _log.info("%s", restart.error)
         else:
             self._transfer.pause(self._retry, restart.error, "")
-        if restart.is_changed:
+        if restart.error._is_changed:
             self._forget(self._transfer.tickets.blocks[restart.block])
         return self._next_place()
 
@@ -3890,8 +3865,8 @@ class _Delivery:
                 raise
             # What was taken for the slice is not: it must be the whole file.
             block.move_down(_WHOLE)
-            reason = RetryableError(str(error))
-            raise _Restart(index, reason, is_free=True) from None
+            reason = RetryableError(str(error))._marked(_is_free=True)
+            raise _Restart(index, reason) from None
 
     def finish(self) -> str:
         """All bytes have come: IntegrityError if they are not what they should be,
