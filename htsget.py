@@ -1968,14 +1968,15 @@ class _Block:
         self.size = self._range_size
 
 
+# Where the ticket comes from.
+_Source = Union[_TicketRequest, Ticket]
+
+
 class _Tickets:
     """The ticket of a transfer, its blocks, and their renewal when URLs expire."""
 
     def __init__(
-        self,
-        source: Union[_TicketRequest, Ticket],
-        options: _Options,
-        transport: _Transport,
+        self, source: _Source, options: _Options, transport: _Transport
     ) -> None:
         self.source = source
         self.blocks: List[_Block] = []
@@ -2024,11 +2025,9 @@ class _Tickets:
                 return True
             if isinstance(self.source, Ticket) or block.index in self._refused:
                 return False
-            _log.log(
-                logging.INFO if self._renewals else logging.WARNING,
-                "%s was refused and may have expired; asking for the ticket again",
-                _shown(block.request[0]),
-            )
+            level = logging.INFO if self._renewals else logging.WARNING
+            text = "%s was refused and may have expired; asking for the ticket again"
+            _log.log(level, text, _shown(block.request[0]))
             renewed = self._request(transport)
             if _outline(renewed) != _outline(self.ticket):
                 text = "the ticket, requested again, has other data blocks"
@@ -2079,9 +2078,13 @@ def _ticket_refusal(answer: _Answer, request: _TicketRequest) -> HtsgetException
     return error
 
 
+# The beginning of what cannot be a JSON object.
+_NOT_AN_OBJECT = re.compile(rb"[\xef\xbb\xbf \t\r\n]*[^\xef\xbb\xbf \t\r\n{]")
+
+
 def _read_json(answer: _Answer) -> bytearray:
     """A body that should be a JSON object; given up as soon as it cannot be one."""
-    body, start, where = bytearray(), b"", _shown(answer.url)
+    body, where = bytearray(), _shown(answer.url)
     is_gzip = "gzip" in answer.fields.get("content-encoding", "").lower()
     inflate = zlib.decompressobj(31) if is_gzip else None
     with contextlib.closing(answer):
@@ -2090,10 +2093,7 @@ def _read_json(answer: _Answer) -> bytearray:
                 if inflate is not None:
                     data = inflate.decompress(data, _TICKET_LIMIT + 1 - len(body))
                 body += data
-                start = start or bytes(body[:_ERROR_LIMIT]).lstrip(
-                    b"\xef\xbb\xbf \t\r\n"
-                )
-                if start and start[:1] != b"{" and len(body) >= _HEAD:
+                if len(body) >= _HEAD and _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
                     break
                 if len(body) > _TICKET_LIMIT:
                     raise ProtocolError("%s: the ticket is too large", where)
@@ -2105,7 +2105,7 @@ def _read_json(answer: _Answer) -> bytearray:
             # JSON says itself where it ends.
             if answer.framed or not body.rstrip().endswith(b"}"):
                 raise
-    if start and start[:1] != b"{":
+    if _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
         start = bytes(body[:_ERROR_LIMIT]).lstrip()
         raise ProtocolError("%s: %s", where, _instead_of_a_ticket(start))
     return body
@@ -2133,9 +2133,7 @@ def _is_page(start: bytes) -> bool:
 class _Transfer:
     """What the parts of one transfer share: its tickets, connections and policy."""
 
-    def __init__(
-        self, source: Union[_TicketRequest, Ticket], options: _Options
-    ) -> None:
+    def __init__(self, source: _Source, options: _Options) -> None:
         self.options = options
         self.hosts = _Hosts()
         self.pace = _Pace(min(options.connections, _PARTS_MOST))
@@ -2197,12 +2195,13 @@ class _Asked(NamedTuple):
         return None if self.end is None else self.end - self.start
 
 
-def _ask(block: _Block, start: int, end: Optional[int], own: bool = False) -> _Asked:
-    """The request for part of a block. Ranges are closed wherever the end is known:
-    some servers fail on open ones."""
+def _ask(block: _Block, start: int, end: Optional[int]) -> _Asked:
+    """The request for part of a block; for all of it, or where that is the only way,
+    the ticket's own. Ranges are closed wherever the end is known: some servers fail on
+    open ones."""
     headers = block.request[1]
     is_all = start == 0 and (end is None or end == block.size)
-    if own or is_all or block.way != _RANGES:
+    if is_all or block.way != _RANGES:
         return _Asked(0, block.size, headers, False)
     last = "" if end is None else block.base + end - 1
     headers = dict(headers, Range="bytes=%d-%s" % (block.base + start, last))
@@ -2239,7 +2238,6 @@ def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
     if not block.is_range and not asked.is_changed:
         # The range is in the query; what a Range would mean is anybody's guess.
         return _Span(0, length, is_final=True), _OWN
-    problem = ""
     if "multipart/" in answer.fields.get("content-type", "").lower():
         problem = "is multipart"
     elif "content-range" not in answer.fields:
@@ -2341,10 +2339,8 @@ class _Part:
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
-        end, size = self.end, self.block.size
-        if end is None or size is None:
-            return size if end is None else end
-        return end if end < size else size
+        known = [end for end in (self.end, self.block.size) if end is not None]
+        return min(known, default=None)
 
     def is_complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known, or in doubt."""
@@ -2528,7 +2524,7 @@ class _Part:
         answer.close()
         reason = RetryableError("%s was refused", _shown(answer.url))
         if asked.is_changed and status in _RANGE_REFUSED_STATUS:
-            own = _ask(self.block, 0, None, own=True)
+            own = _ask(self.block, 0, None)
             proof = self._request(own)
             if proof.status in (200, 206):
                 with contextlib.closing(proof):
@@ -2588,8 +2584,7 @@ def _checked_body(answer: _Answer) -> Iterator[bytes]:
         if coding.lower() != "identity" and _kind(start) == "gzip":
             text = "%s: the data was compressed on the way (Content-Encoding: %s)"
             raise ProtocolError(text, _shown(answer.url), _printable(coding, 40))
-        if start:
-            yield start
+        yield start
     yield from pieces
 
 
@@ -2948,10 +2943,9 @@ class _Window:
             self._pace.crowd()
             if self._slots[0].is_own and self._slots[0].part is part:
                 return False
-            rest = part.block.index, part.position, part.end
-            part.stop_at(part.position)
-            self._unread.append(rest)
+            self._unread.append((part.block.index, part.position, part.end))
             self._unread.sort(key=lambda run: run[:2])
+            part.stop_at(part.position)
             self._join_runs()
             return True
 
@@ -3900,21 +3894,13 @@ class _Delivery:
         crc, offset = self._crc, self._at - mark.position
         if mark.block < len(blocks) and blocks[mark.block].is_guessed:
             crc, offset = mark.crc, 0
+        position = mark.position + offset
+        announced = all(block.announced is not None for block in blocks[: mark.block])
         recent = blocks[self._journal.block : mark.block + 1]
-        self._journal.add(
-            _Checkpoint(
-                mark.block,
-                offset,
-                mark.position + offset,
-                crc,
-                all(block.announced is not None for block in blocks[: mark.block]),
-                {
-                    str(block.resource.first): block.resource.known
-                    for block in recent
-                    if block.data is None
-                },
-            )
-        )
+        resources = [block.resource for block in recent if block.data is None]
+        known = {str(resource.first): resource.known for resource in resources}
+        point = _Checkpoint(mark.block, offset, position, crc, announced, known)
+        self._journal.add(point)
 
     def _identity(self) -> Dict[str, str]:
         tickets = self._transfer.tickets
