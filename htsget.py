@@ -328,6 +328,10 @@ class HtsgetException(Exception):
     _retry_after = 0.0
     # Whether the server, or this system, has too many connections open.
     _crowded = False
+    # Whether asking again, perhaps in another way, does not count as a retry.
+    _is_free = False
+    # Whether the object behind a block's URL is another one than before.
+    _is_changed = False
 
     def __init__(self, text: str = "", *values: Any) -> None:
         super().__init__(text % values if values else text)
@@ -425,33 +429,11 @@ class _Stopped(Exception):
 
 
 class _Restart(Exception):
-    """A reader cannot go on; the delivery decides where to begin again.
+    """A reader cannot go on; the delivery decides where to begin again."""
 
-    `is_changed`: the object behind the block's URL is another one than before.
-    `is_free`: the block is asked for in another way now, which does not count as a
-    retry: it only moves down.
-    """
-
-    def __init__(
-        self,
-        block: int,
-        error: HtsgetException,
-        is_changed: bool = False,
-        is_free: bool = False,
-    ) -> None:
-        super().__init__(block, error, is_changed, is_free)
+    def __init__(self, block: int, error: HtsgetException) -> None:
+        super().__init__(block, error)
         self.block, self.error = block, error
-        self.is_changed, self.is_free = is_changed, is_free
-
-
-class _Again(Exception):
-    """Ask once more, perhaps in another way; `error` is the reason. That counts as a
-    retry unless bytes came meanwhile, or it `is_free`."""
-
-    def __init__(self, error: HtsgetException, is_free: bool = False) -> None:
-        super().__init__(error, is_free)
-        self.error = error
-        self.is_free = is_free
 
 
 # ---- the ticket request
@@ -998,6 +980,9 @@ class _Retry:
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _DEAD = (ConnectionError, ssl.SSLError)
 
+# Errors of a process, or system, that has too many connections open.
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
 # What the resolver says of names that do not exist.
 _NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
@@ -1093,8 +1078,7 @@ class _Lines(BufferedReader):
 
     def readline(self, limit: Optional[int] = -1) -> bytes:
         """Read a line; b"" only where nothing has come at all."""
-        if self.wire.deadline is None:
-            self.wire.hurry()
+        self.wire.hurry()
         line = super().readline(limit)
         if not line.endswith(b"\n") and len(line) != limit and (line or self.last):
             raise http.client.IncompleteRead(line)
@@ -1105,13 +1089,11 @@ class _Lines(BufferedReader):
 class _Answer(http.client.HTTPResponse):
     """An answer, whose body is counted here; the library reads head and framing."""
 
-    def __init__(
-        self, sock: socket.socket, *args: Any, connection: "_Connection", **more: Any
-    ) -> None:
-        super().__init__(sock, *args, **more)
-        self.fp = self._lines = _Lines(_Wire(self.fp.detach(), sock))
+    def __init__(self, connection: "_Connection", *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.fp = self._lines = _Lines(_Wire(self.fp.detach(), connection.sock))
         self._connection: Optional[_Connection] = connection
-        self._is_stopped = connection.is_stopped
+        self._pool = connection.pool
         self.url, self.via, self.login = connection.asked
         # Bytes in the body, None where only its end will tell; and whether that end
         # can be told from a cut connection.
@@ -1140,27 +1122,25 @@ class _Answer(http.client.HTTPResponse):
             # Those of a multipart body are none of the head.
             if not re.search("Multipart|Boundary", type(defect).__name__):
                 raise http.client.HTTPException("malformed headers")
-        if size or self.status in (204, 304):
-            self.size = 0 if self.status in (204, 304) else int(size.pop())
+        # The library knows the statuses that have no body.
+        self.size = int(size.pop()) if size and self.length != 0 else self.length
         self.framed = self.chunked or self.size is not None
         self._lines.wire.relax()
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes; ContentLengthMismatch where it ends early."""
-        left = self.size
+        left = sys.maxsize if self.size is None else self.size
         failure: Optional[HtsgetException] = None
         records: List[bytes] = []
-        while left is None or left > 0:
-            most = _TLS_RECORD if records else _CHUNK
+        while left > 0:
             try:
-                data = self._receive(most if left is None else min(left, most))
+                data = self._receive(min(left, _TLS_RECORD if records else _CHUNK))
             except _LIBRARY_ERRORS as error:
                 data, failure = b"", _network_error(error, self.url, self.via)
             if not data:
                 break
-            if left is not None:
-                left -= len(data)
-            if records or len(data) == _TLS_RECORD:
+            left -= len(data)
+            if records or (self.size and len(data) == _TLS_RECORD):
                 records.append(data)
                 if len(data) == _TLS_RECORD and len(records) < _TLS_RECORDS and left:
                     continue
@@ -1171,15 +1151,14 @@ class _Answer(http.client.HTTPResponse):
             yield data
         if records:
             yield b"".join(records)
-        if self._is_stopped():
+        if self._pool.stopped.is_set():
             # The end is of our own making and says nothing about the body.
             raise _Stopped
-        if failure is None and left:
-            failure = ContentLengthMismatch(
-                "%s: the answer ended %d bytes early", _shown(self.url), left
-            )
         if failure is not None:
             raise failure
+        if self.size is not None and left:
+            text = "%s: the answer ended %d bytes early"
+            raise ContentLengthMismatch(text, _shown(self.url), left)
         self._release()
 
     def _receive(self, most: int) -> bytes:
@@ -1229,57 +1208,54 @@ class _Answer(http.client.HTTPResponse):
         if connection is not None:
             self._lines.wire.relax()
             super().close()
-            connection.release(is_complete and self.framed and not self.will_close)
+            is_free = is_complete and self.framed and not self.will_close
+            self._pool.take_back(connection, is_free)
 
 
 class _Connection(http.client.HTTPConnection):
     """A connection to a server, perhaps through a proxy, that another thread can shut
     down whatever this one waits for."""
 
-    def __init__(self, pool: "_Transport", key: Any, request: "_Request") -> None:
-        self.key = scheme, host, self._tunnel = key
-        parts = urllib.parse.urlsplit("//" + host)
-        port = parts.port or (443 if scheme == "https" and not self._tunnel else 80)
-        super().__init__(parts.hostname or "", port, timeout=request.timeout)
-        # URL, proxy and whether there was a login, of the last request; and all that
-        # was sent of it, until its answer comes.
+    def __init__(self, pool: "_Transport", request: "_Request") -> None:
+        self.route = scheme, host, self._tunnel = _route(request)
+        # A proxy is spoken to in plain http.
+        _, name, port = _origin(("http" if self._tunnel else scheme) + "://" + host)
+        super().__init__(name, port, timeout=request.timeout)
+        # URL, proxy and whether there was a login, of the last request; and its form
+        # (see `_form`), until its answer comes.
         self.asked = ("", "", False)
         self._sent: Any = None
-        self._pool = pool
+        self.pool = pool
+        # What http.client makes an answer with.
+        self.response_class: Any = functools.partial(_Answer, self)
         self._proxy_login = request.headers.get("Proxy-authorization")
         # Also while http.client has handed its socket to the answer.
         self._socket: Optional[socket.socket] = None
 
-    def response_class(self, sock: Any, *args: Any, **more: Any) -> Any:  # type: ignore
-        """What http.client makes an answer with."""
-        return _Answer(sock, *args, connection=self, **more)
-
     def connect(self) -> None:
         """Open the connection (called by http.client)."""
         failure = OSError("no address for %s" % self.host)
-        for found in self._pool.hosts.resolve(self.host, self.port):
-            sock = None
+        for *kind, _, address in self.pool.hosts.resolve(self.host, self.port):
             try:
-                sock = socket.socket(*found[:3])
-                sock.settimeout(self.timeout)
-                self._watch(sock)
-                sock.connect(found[4])
+                self._watch(socket.socket(*kind))
+                self.sock.settimeout(self.timeout)
+                self.sock.connect(address)
                 break
             except OSError as error:
                 failure = error
-                if sock is None and error.errno in (errno.EMFILE, errno.ENFILE):
+                if error.errno in _TOO_MANY_FILES:
                     raise
-                if sock is not None:
-                    sock.close()
-                self._pool.hosts.silent.add(found[4])
+                if self.sock is not None:
+                    self.sock.close()
+                self.pool.hosts.silent.add(address)
         else:
             raise failure
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnel:
             self._open_tunnel(self._tunnel)
-        if self.key[0] == "https":
+        if self.route[0] == "https":
             name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
-            wrapped = self._pool.ssl_context().wrap_socket(
+            wrapped = self.pool.ssl_context().wrap_socket(
                 self.sock,
                 server_hostname=name or self.host,
                 do_handshake_on_connect=False,
@@ -1291,14 +1267,12 @@ class _Connection(http.client.HTTPConnection):
     def _watch(self, sock: Any) -> None:
         """Take up a socket; from here on `shut_down` reaches it."""
         self.sock = self._socket = sock
-        if self.is_stopped():
+        if self.pool.stopped.is_set():
             raise _Stopped
 
     def _open_tunnel(self, tunnel: str) -> None:
         """CONNECT, as http.client's own leaves out Host and the brackets of IPv6."""
-        target = (
-            tunnel if urllib.parse.urlsplit("//" + tunnel).port else tunnel + ":443"
-        )
+        target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
         lines = ["CONNECT %s HTTP/1.1" % target, "Host: " + target]
         if self._proxy_login:
             lines.append("Proxy-Authorization: " + self._proxy_login)
@@ -1311,42 +1285,42 @@ class _Connection(http.client.HTTPConnection):
         finally:
             http.client.HTTPResponse.close(answer)
 
-    def ask(self, request: "_Request") -> None:
-        """Send a request, unless this very one was sent ahead."""
+    def _form(self, request: "_Request") -> Any:
+        """What is sent of a request: method, target, body and headers."""
         headers = dict(request.unredirected_hdrs, **request.headers)
         if self._tunnel:
             headers.pop("Proxy-authorization", None)
         titled = {name.title(): value for name, value in headers.items()}
-        wanted: Any = (request.get_method(), request.selector, request.data, titled)
+        return request.get_method(), request.selector, request.data, titled
+
+    def has_sent(self, request: "_Request") -> bool:
+        """Whether this very request was sent ahead."""
+        return self._sent is not None and self._sent == self._form(request)
+
+    def ask(self, request: "_Request") -> None:
+        """Send a request, unless it was sent ahead."""
+        _require_private(request.full_url, request.headers)
         if self._sent is None:
-            self.asked = request.full_url, _via(request), "Authorization" in headers
-            self.request(*wanted)
-            self._sent = wanted
-        elif self._sent != wanted:
-            raise ConnectionError("another request was sent ahead")
+            form = self._form(request)
+            self.asked = request.full_url, _via(request), "Authorization" in form[3]
+            self.request(*form)
+            self._sent = form
 
     def exchange(self, request: "_Request") -> _Answer:
         """Send a request and read the head of its answer."""
         self.ask(request)
         answer: Any = self.getresponse()
         self._sent = None
-        self._pool.hosts.reached.add(self.host)
+        self.pool.hosts.reached.add(self.host)
         return answer  # type: ignore
 
     def is_clean(self) -> bool:
-        """Whether nothing has come unasked: neither the connection's end nor bytes."""
-        pending = getattr(self.sock, "pending", None)
+        """Whether nothing was sent ahead, and nothing has come unasked: neither the
+        connection's end nor bytes."""
+        pending = getattr(self.sock, "pending", int)
         with contextlib.suppress(OSError, ValueError):
-            return not (pending and pending()) and not _is_readable(self.sock)
+            return not (self._sent or pending() or _is_readable(self.sock))
         return False
-
-    def is_stopped(self) -> bool:
-        """Whether the transport was stopped."""
-        return self._pool.stopped.is_set()
-
-    def release(self, is_free: bool) -> None:
-        """Go back to the pool, or end."""
-        self._pool.take_back(self, is_free)
 
     def shut_down(self) -> None:
         """End it; a thread that waits for it wakes up."""
@@ -1370,7 +1344,6 @@ class _Request(urllib.request.Request):
         body: Optional[bytes] = None,
         private: bool = False,
         cookies: Any = None,
-        ahead: Optional[_Connection] = None,
     ) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1379,15 +1352,18 @@ class _Request(urllib.request.Request):
         self.own_headers = headers
         self.private = private
         self.cookies = cookies
-        self.timeout: Optional[float] = None
-        # Where it was sent ahead of its time.
-        self.ahead = ahead
+
+
+def _route(request: _Request) -> Tuple[str, str, Optional[str]]:
+    """What a connection for a request is made for: the scheme, the host (or proxy), and
+    the host that a proxy shall connect to, if any."""
+    return request.type, request.host or "", getattr(request, "_tunnel_host", None)
 
 
 def _via(request: _Request) -> str:
     """The proxy (host and port) that a request goes through, if any."""
-    tunnel = getattr(request, "_tunnel_host", None)
-    return request.host or "" if tunnel or request.has_proxy() else ""
+    _, host, tunnel = _route(request)
+    return host if tunnel or request.has_proxy() else ""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -1400,13 +1376,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         """Follow a redirect, if the answer is one (called by the opener)."""
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
+        head: Any = (answer.status, answer.reason, answer.headers)
         try:
             # Without Location there is nowhere to go: a refusal.
-            reason, headers = answer.reason, answer.headers
-            return (
-                self.http_error_302(request, answer, answer.status, reason, headers)
-                or answer
-            )
+            return self.http_error_302(request, answer, *head) or answer
         except urllib.error.HTTPError as error:
             is_endless = str(error.msg).startswith(self.inf_msg)
             problem = "too many redirects" if is_endless else "not to http or https"
@@ -1429,7 +1402,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             raise ValueError
         url, login = _without_userinfo(newurl)
         own = dict(self._headers(req, url), **login)
-        _require_private(url, own)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
         jar = req.cookies
@@ -1455,11 +1427,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             return {name: headers[name] for name in public if name in headers}
         is_downgrade = (before[0], after[0]) == ("https", "http")
         if is_downgrade and set(headers) - {"Range", "If-Range"}:
-            raise ProtocolError(
-                "%s redirects to plain http, where the data block's headers must not "
-                "be sent",
-                _shown(request.full_url),
-            )
+            text = "%s redirects to plain http, where block headers must not be sent"
+            raise ProtocolError(text, _shown(request.full_url))
         return headers
 
 
@@ -1493,9 +1462,7 @@ def _proxy_for(scheme: str, host: str) -> Optional[str]:
 
     exceptions = urllib.request.getproxies().get("no", "").split(",")
     with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(
-            urllib.parse.urlsplit("//" + host).hostname or ""
-        )
+        address = ipaddress.ip_address(_origin("//" + host)[1])
         for entry in exceptions:
             with contextlib.suppress(ValueError):
                 if address in ipaddress.ip_network(entry.strip(" []"), strict=False):
@@ -1526,8 +1493,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         self.stopped = threading.Event()
         self._limit = options.connections
         self._ssl_context = options.ssl_context
-        timeout = options.timeout
-        self._timeout = None if timeout is None else min(timeout, _LONGEST_TIMEOUT)
+        self._timeout = options.timeout and min(options.timeout, _LONGEST_TIMEOUT)
         self._opener = urllib.request.OpenerDirector()
         for handler in (_Proxies(_proxies()), self, _Redirects()):
             self._opener.add_handler(handler)
@@ -1547,16 +1513,11 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         headers: Dict[str, str],
         body: Optional[bytes] = None,
         private: bool = False,
-        ahead: Optional[_Connection] = None,
     ) -> _Answer:
-        """The answer to a request after redirects, whatever its status. `ahead`: what
-        `ask_ahead` returned for it."""
-        _require_private(url, headers)
-        request: Any = _Request(url, headers, body, private, ahead=ahead)
+        """The answer to a request after redirects, whatever its status."""
+        request: Any = _Request(url, headers, body, private)
         answer: Any = self._opener.open(request, timeout=self._timeout)
-        if _log.isEnabledFor(logging.DEBUG):
-            method, shown = request.get_method(), _shown(answer.url)
-            _log.debug("%s %s: %d", method, shown, answer.status)
+        _log.debug("%s %s: %d", request.get_method(), _shown(answer.url), answer.status)
         elsewhere = answer.login and _origin(answer.url) != _origin(url)
         if elsewhere and not private and answer.status in (400, 401, 403):
             # A signed URL does not bear a second login.
@@ -1565,18 +1526,17 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             return self.request(answer.url, other)
         return answer  # type: ignore
 
-    def ask_ahead(self, url: str, headers: Dict[str, str]) -> Optional[_Connection]:
+    def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
         """Send a request whose answer is wanted soon, if an idle connection (without
-        a proxy) is there for it; `request` takes up what this returns."""
+        a proxy) is there for it; the same `request` takes up the answer."""
         request: Any = self.http_request(_Request(url, headers))
-        connection = self._take_idle((request.type, request.host, None))
+        connection = self._take_idle(request)
         if connection is not None:
             try:
                 connection.ask(request)
                 self.take_back(connection, True)
             except _LIBRARY_ERRORS:
                 self.take_back(connection, False)
-        return connection
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1586,55 +1546,49 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     def http_open(self, request: _Request) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
-        key = request.type, request.host, getattr(request, "_tunnel_host", None)
         while True:
-            connection = self._take_idle(key, request.ahead)
-            is_idle = connection is not None
+            idle = self._take_idle(request)
+            connection = idle or self._new(request)
             try:
-                connection = connection or self._new(key, request)
                 return connection.exchange(request)
             except BaseException as error:
-                if connection is not None:
-                    self.take_back(connection, False)
+                self.take_back(connection, False)
                 if self.stopped.is_set():
                     raise _Stopped from None
-                if is_idle and isinstance(error, _DEAD):
+                if idle and isinstance(error, _DEAD):
                     # It died while it was idle: that costs no retry.
                     continue
                 ours = isinstance(error, HtsgetException)
                 if ours or not isinstance(error, _LIBRARY_ERRORS):
                     raise
                 url, via = request.full_url, _via(request)
-                failure = _network_error(error, url, via, self.hosts)
+                failure = _network_error(error, url, via, self.hosts.reached)
             # Outside of the handler: its exception may hold what must not be shown.
             raise failure
 
     https_open = http_open
 
-    def _take_idle(self, key: Any, ahead: Any = None) -> Optional[_Connection]:
+    def _take_idle(self, request: _Request) -> Optional[_Connection]:
+        """The connection where a request was sent ahead, or else the last used one."""
         while True:
             with self._lock:
-                if ahead in self._idle:
-                    self._idle.remove(ahead)
-                    return ahead  # type: ignore
-                fitting = [one for one in self._idle if one.key == key]
+                fitting = [one for one in self._idle if one.route == _route(request)]
                 if not fitting:
                     return None
-                self._idle.remove(fitting[-1])
-            if fitting[-1].is_clean():
-                return fitting[-1]
-            self.take_back(fitting[-1], False)
+                fitting.sort(key=lambda one: one.has_sent(request))
+                connection = fitting[-1]
+                self._idle.remove(connection)
+            if connection.has_sent(request) or connection.is_clean():
+                return connection
+            self.take_back(connection, False)
 
-    def _new(self, key: Any, request: _Request) -> _Connection:
-        connection = _Connection(self, key, request)
+    def _new(self, request: _Request) -> _Connection:
+        connection = _Connection(self, request)
         with self._lock:
             if self.stopped.is_set():
                 raise _Stopped
             self._open.add(connection)
-            surplus = self._idle[: max(0, len(self._open) - self._limit)]
-            del self._idle[: len(surplus)]
-        for old in surplus:
-            self.take_back(old, False)
+        self.close_idle(max(0, len(self._open) - self._limit))
         return connection
 
     def take_back(self, connection: _Connection, is_free: bool) -> None:
@@ -1646,10 +1600,11 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             self._open.discard(connection)
         connection.close()
 
-    def close_idle(self) -> bool:
-        """Close the idle connections, if there are any."""
+    def close_idle(self, most: Optional[int] = None) -> bool:
+        """Close idle connections (all, or that many), if there are any."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle[:most]
+            del self._idle[:most]
         for connection in idle:
             self.take_back(connection, False)
         return bool(idle)
@@ -1710,23 +1665,21 @@ def _origin(url: str) -> Tuple[str, str, int]:
 
 
 def _network_error(
-    error: Exception, url: str, via: str, hosts: Optional[_Hosts] = None
+    error: Exception, url: str, via: str, reached: Iterable[str] = ()
 ) -> HtsgetException:
     """The exception of ours for one of the standard library's, which becomes its cause
     unless its text may hold what must not be shown."""
     where = _shown(url) + (" (through the proxy %s)" % via if via else "")
     text = _printable(getattr(error, "strerror", None) or str(error), 150)
     host = _origin("http://" + via if via else url)[1]
-    known = hosts is None or host in hosts.reached
-    tls_problem = _tls_problem(error)
-    failure: HtsgetException = RetryableIOError(
-        "%s: %s" % (where, text or type(error).__name__), error
-    )
+    number, tls_problem = getattr(error, "errno", 0), _tls_problem(error)
+    is_unknown = number in _NO_SUCH_HOST and host not in reached
+    words = text or type(error).__name__
+    failure: HtsgetException = RetryableIOError("%s: %s" % (where, words), error)
     if tls_problem:
         failure = ProtocolError("%s: %s", where, tls_problem)
-    elif getattr(error, "errno", 0) in _NO_SUCH_HOST and not known:
-        if isinstance(error, socket.gaierror):
-            failure = ProtocolError("%s: cannot find the host: %s", where, text)
+    elif isinstance(error, socket.gaierror) and is_unknown:
+        failure = ProtocolError("%s: cannot find the host: %s", where, text)
     elif isinstance(error, http.client.IncompleteRead):
         failure = ContentLengthMismatch("%s: the answer was cut short", where)
     elif type(error) is http.client.BadStatusLine:
@@ -1735,9 +1688,7 @@ def _network_error(
         return ProtocolError("%s: the request cannot be sent", where)
     elif isinstance(error, socket.timeout):
         failure = RetryableIOError("%s: timed out waiting for data" % where, error)
-    elif getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-        failure._marked(_crowded=True)
-    return failure._marked(__cause__=error)
+    return failure._marked(__cause__=error, _crowded=number in _TOO_MANY_FILES)
 
 
 def _tls_problem(error: Exception) -> Optional[str]:
@@ -1753,10 +1704,7 @@ def _tls_problem(error: Exception) -> Optional[str]:
                     "this Python has no CA certificates: set SSL_CERT_FILE or use "
                     "--cacert"
                 )
-            text += (
-                "; for a private authority, name its certificate with --cacert or "
-                "SSL_CERT_FILE"
-            )
+            text += "; for a private authority, use --cacert or SSL_CERT_FILE"
         return "the server's certificate is not trusted: " + text
     if isinstance(error, ssl.SSLError):
         # Python 3.6 does not know the newer reasons, but shows them.
@@ -1775,9 +1723,8 @@ def _explanation(text: str) -> Tuple[str, str]:
         # Nothing else of a JSON document is shown: it might be a ticket.
         found = re.findall(r'"(error|%s)"\s*:\s*%s' % ("|".join(keys), string), text)
         said = {key: json.loads(value, strict=False) for key, value in reversed(found)}
-        return said.get("error", ""), next(
-            (said[key] for key in keys if key in said), ""
-        )
+        messages = [said[key] for key in keys if key in said]
+        return said.get("error", ""), "".join(messages[:1])
     marked = re.findall(r"(?is)<(title|Code|Message)\b[^>]*>(.*?)</\1>", text)
     if marked and re.match(r"\s*<", text):
         import html
@@ -1793,9 +1740,8 @@ def _refusal(answer: _Answer, asked: str) -> HtsgetException:
     with contextlib.suppress(ValueError):
         error, message = _explanation(text)
     login = answer.login
-    if answer.status == 407:
+    if asked == "proxy" or answer.status == 407:
         asked = "proxy"
-    if asked == "proxy":
         scheme, host, _ = _origin(answer.url)
         login = "@" in (_proxy_for(scheme, host) or "")
     where = _shown(answer.url)
@@ -2013,14 +1959,15 @@ class _Block:
         self.size = self._range_size
 
 
+# Where the ticket comes from.
+_Source = Union[_TicketRequest, Ticket]
+
+
 class _Tickets:
     """The ticket of a transfer, its blocks, and their renewal when URLs expire."""
 
     def __init__(
-        self,
-        source: Union[_TicketRequest, Ticket],
-        options: _Options,
-        transport: _Transport,
+        self, source: _Source, options: _Options, transport: _Transport
     ) -> None:
         self.source = source
         self.blocks: List[_Block] = []
@@ -2069,11 +2016,9 @@ class _Tickets:
                 return True
             if isinstance(self.source, Ticket) or block.index in self._refused:
                 return False
-            _log.log(
-                logging.INFO if self._renewals else logging.WARNING,
-                "%s was refused and may have expired; asking for the ticket again",
-                _shown(block.request[0]),
-            )
+            level = logging.INFO if self._renewals else logging.WARNING
+            text = "%s was refused and may have expired; asking for the ticket again"
+            _log.log(level, text, _shown(block.request[0]))
             renewed = self._request(transport)
             if _outline(renewed) != _outline(self.ticket):
                 text = "the ticket, requested again, has other data blocks"
@@ -2124,9 +2069,13 @@ def _ticket_refusal(answer: _Answer, request: _TicketRequest) -> HtsgetException
     return error
 
 
+# The beginning of what cannot be a JSON object.
+_NOT_AN_OBJECT = re.compile(rb"[\xef\xbb\xbf \t\r\n]*[^\xef\xbb\xbf \t\r\n{]")
+
+
 def _read_json(answer: _Answer) -> bytearray:
     """A body that should be a JSON object; given up as soon as it cannot be one."""
-    body, start, where = bytearray(), b"", _shown(answer.url)
+    body, where = bytearray(), _shown(answer.url)
     is_gzip = "gzip" in answer.fields.get("content-encoding", "").lower()
     inflate = zlib.decompressobj(31) if is_gzip else None
     with contextlib.closing(answer):
@@ -2135,10 +2084,7 @@ def _read_json(answer: _Answer) -> bytearray:
                 if inflate is not None:
                     data = inflate.decompress(data, _TICKET_LIMIT + 1 - len(body))
                 body += data
-                start = start or bytes(body[:_ERROR_LIMIT]).lstrip(
-                    b"\xef\xbb\xbf \t\r\n"
-                )
-                if start and start[:1] != b"{" and len(body) >= _HEAD:
+                if len(body) >= _HEAD and _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
                     break
                 if len(body) > _TICKET_LIMIT:
                     raise ProtocolError("%s: the ticket is too large", where)
@@ -2150,7 +2096,7 @@ def _read_json(answer: _Answer) -> bytearray:
             # JSON says itself where it ends.
             if answer.framed or not body.rstrip().endswith(b"}"):
                 raise
-    if start and start[:1] != b"{":
+    if _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
         start = bytes(body[:_ERROR_LIMIT]).lstrip()
         raise ProtocolError("%s: %s", where, _instead_of_a_ticket(start))
     return body
@@ -2178,9 +2124,7 @@ def _is_page(start: bytes) -> bool:
 class _Transfer:
     """What the parts of one transfer share: its tickets, connections and policy."""
 
-    def __init__(
-        self, source: Union[_TicketRequest, Ticket], options: _Options
-    ) -> None:
+    def __init__(self, source: _Source, options: _Options) -> None:
         self.options = options
         self.hosts = _Hosts()
         self.pace = _Pace(min(options.connections, _PARTS_MOST))
@@ -2242,12 +2186,13 @@ class _Asked(NamedTuple):
         return None if self.end is None else self.end - self.start
 
 
-def _ask(block: _Block, start: int, end: Optional[int], own: bool = False) -> _Asked:
-    """The request for part of a block. Ranges are closed wherever the end is known:
-    some servers fail on open ones."""
+def _ask(block: _Block, start: int, end: Optional[int]) -> _Asked:
+    """The request for part of a block; for all of it, or where that is the only way,
+    the ticket's own. Ranges are closed wherever the end is known: some servers fail on
+    open ones."""
     headers = block.request[1]
     is_all = start == 0 and (end is None or end == block.size)
-    if own or is_all or block.way != _RANGES:
+    if is_all or block.way != _RANGES:
         return _Asked(0, block.size, headers, False)
     last = "" if end is None else block.base + end - 1
     headers = dict(headers, Range="bytes=%d-%s" % (block.base + start, last))
@@ -2284,7 +2229,6 @@ def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
     if not block.is_range and not asked.is_changed:
         # The range is in the query; what a Range would mean is anybody's guess.
         return _Span(0, length, is_final=True), _OWN
-    problem = ""
     if "multipart/" in answer.fields.get("content-type", "").lower():
         problem = "is multipart"
     elif "content-range" not in answer.fields:
@@ -2380,18 +2324,14 @@ class _Part:
         # A way down that one answer has suggested, and the ticket it was of: it takes
         # a second answer to believe it.
         self._suggested = -1, -1
-        self._has_moved = False
+        self._way = block.way
         # Why the last attempt failed.
         self._failure: Optional[HtsgetException] = None
-        # Where the first request was sent ahead of its time.
-        self._ahead: Optional[_Connection] = None
 
     def limit(self) -> Optional[int]:
         """Where the part ends, as far as is known."""
-        end, size = self.end, self.block.size
-        if end is None or size is None:
-            return size if end is None else end
-        return end if end < size else size
+        known = [end for end in (self.end, self.block.size) if end is not None]
+        return min(known, default=None)
 
     def is_complete(self) -> bool:
         """Whether nothing is missing; False while the end is not known, or in doubt."""
@@ -2403,21 +2343,15 @@ class _Part:
         """Let the part end somewhere else; called by the thread that reads it."""
         self.end = end
 
-    def read(
-        self,
-        is_crowded: Callable[["_Part"], bool],
-        ahead: Optional[_Connection] = None,
-    ) -> _Pieces:
+    def read(self, is_crowded: Callable[["_Part"], bool]) -> _Pieces:
         """Deliver the bytes, with retries. `is_crowded` is asked when the server
-        refuses this connection: True ends the part here for others to go on. `ahead`:
-        what `ask_ahead` returned."""
-        self._ahead = ahead
+        refuses this connection: True ends the part here for others to go on."""
         if self.block.data is not None:
             begin, self.position = self.position, self.limit() or 0
             yield self.block.data[begin : self.position]
             return
         retry = self._transfer.new_retry()
-        reached, self._failure = self.position, None
+        self._failure = None
         while not self.is_complete():
             url = self.block.request[0]
             try:
@@ -2425,27 +2359,21 @@ class _Part:
                     self.position += len(data)
                     retry.progress(len(data))
                     yield data
-            except _Again as again:
-                self._failure = again.error
-                if self.position == reached and not again.is_free:
-                    self._transfer.pause(retry, again.error, url)
             except HtsgetException as error:
                 self._failure = error
                 if error._crowded and is_crowded(self):
                     self._transfer.hosts.postpone(url, error._retry_after)
                     return
-                self._transfer.pause(retry, error, url)
-            reached = self.position
+                if not error._is_free:
+                    self._transfer.pause(retry, error, url)
 
     def _attempt(self) -> Iterator[bytes]:
         """Ask once for what is missing and deliver what comes."""
         block = self.block
         if self.position > 0 and (block.way != _RANGES or block.is_guessed):
-            where = _shown(block.request[0])
-            reason = RetryableError("%s: cannot be continued in the middle", where)
-            raise _Restart(
-                block.index, self._failure or reason, is_free=self._has_moved
-            )
+            text = "%s: cannot be continued in the middle"
+            reason = self._failure or RetryableError(text, _shown(block.request[0]))
+            raise _Restart(block.index, reason._marked(_is_free=self._has_moved()))
         asked, answer = self._open()
         with contextlib.closing(answer):
             span, way = _locate(block, asked, answer)
@@ -2455,10 +2383,10 @@ class _Part:
                 suggested, self._suggested = self._suggested, (way, block.request[2])
                 is_certain = span is not None or answer.status == 200
                 if is_certain or suggested == self._suggested:
-                    self._move_down(way)
+                    block.move_down(way)
             if span is None:
                 text = "%s does not say what it sends, or ignores the Range header"
-                raise _Again(RetryableError(text, _shown(answer.url)), is_free=True)
+                raise RetryableError(text, _shown(answer.url))._marked(_is_free=True)
             if answer.status == 206 or not block.is_range or span.start == -block.base:
                 # A slice that is sent as a file of its own has its own validators.
                 is_file = answer.status == 200 and span.is_final
@@ -2471,9 +2399,10 @@ class _Part:
             block.guess(span.is_guessed)
             yield from self._deliver(span, answer)
 
-    def _move_down(self, way: int) -> None:
-        self.block.move_down(way)
-        self._has_moved = True
+    def _has_moved(self) -> bool:
+        """Whether the block is asked for in another way than at first: as it only moves
+        down, to go on that way does not count as a retry."""
+        return self.block.way != self._way
 
     def _deliver(self, span: _Span, answer: _Answer) -> Iterator[bytes]:
         """What an answer has of the part; at its end, whether that was all."""
@@ -2487,7 +2416,7 @@ class _Part:
                 self.block.move_down(_WHOLE)
                 self.block.resource.ignores_ranges()
                 reason = _damaged(answer, "ignores the Range header")
-                raise _Restart(self.block.index, reason, is_free=True)
+                raise _Restart(self.block.index, reason._marked(_is_free=True))
             limit = self.limit()
             cut = len(data) if limit is None else max(0, limit - offset)
             new = data[max(0, self.position - offset) : cut]
@@ -2518,8 +2447,10 @@ class _Part:
         if limit is not None and offset >= limit:
             return
         if not span.is_final:
+            # Some servers give a range in pieces.
             text = "%s: gives less than was asked for"
-            raise _Again(ContentLengthMismatch(text, _shown(answer.url)))
+            reason = ContentLengthMismatch(text, _shown(answer.url))
+            raise reason._marked(_is_free=offset > span.start)
         self._learn_size(offset)
         if not answer.framed:
             text = (
@@ -2531,15 +2462,14 @@ class _Part:
         """The block ends at `size`; only a Range may promise more than there is."""
         known = self.block.announced
         if self.position > 0 and known is not None and size < known:
-            self._raise_changed("%d bytes, then %d" % (known, size))
+            raise self._changed("%d bytes, then %d" % (known, size))
         self.block.learn_size(size)
 
-    def _raise_changed(self, conflict: str) -> None:
+    def _changed(self, conflict: str) -> _Restart:
         text, url = "%s has changed during the transfer (%s)", self.block.request[0]
         reason = ProtocolError(text, _shown(url), _printable(conflict))
-        raise _Restart(
-            self.block.index, reason._marked(_transient=True), is_changed=True
-        )
+        reason._marked(_transient=True, _is_changed=True)
+        return _Restart(self.block.index, reason)
 
     def _open(self) -> Tuple[_Asked, _Answer]:
         """What was asked, and an answer that has data of the known object."""
@@ -2563,22 +2493,19 @@ class _Part:
             # Behind a balancer, the next answer may come from another replica.
             answer.close()
             self._transport.wait(random.uniform(0, 0.002) * attempt)
-        self._raise_changed(conflict)
-        raise AssertionError
+        raise self._changed(conflict)
 
     def _request(self, asked: _Asked) -> _Answer:
         """The answer to a request, once its server may be asked."""
-        url = self.block.request[0]
-        while self._transfer.hosts.delay(url) > 0:
+        url, hosts = self.block.request[0], self._transfer.hosts
+        while hosts.delay(url) > 0:
             # Not all at the same moment.
-            delay = self._transfer.hosts.delay(url)
-            self._transport.wait(delay + random.uniform(0, 0.1))
-        ahead, self._ahead = self._ahead, None
-        return self._transport.request(url, asked.headers, ahead=ahead)
+            self._transport.wait(hosts.delay(url) + random.uniform(0, 0.1))
+        return self._transport.request(url, asked.headers)
 
     def _on_refusal(self, asked: _Asked, answer: _Answer, ticket: int) -> _Answer:
-        """The answer to the same request after all; `_Again` when another one may
-        help, else the refusal.
+        """The answer to the same request after all; an error that is free when another
+        one may help, else the refusal.
 
         That a changed Range is refused means something only if the ticket's own
         request is served and the changed one is then refused once more; if both are
@@ -2590,25 +2517,25 @@ class _Part:
         answer.close()
         reason = RetryableError("%s was refused", _shown(answer.url))
         if asked.is_changed and status in _RANGE_REFUSED_STATUS:
-            own = _ask(self.block, 0, None, own=True)
+            own = _ask(self.block, 0, None)
             proof = self._request(own)
             if proof.status in (200, 206):
                 with contextlib.closing(proof):
                     is_end = status in (206, 416) and self._is_end(own, proof, answer)
                 if is_end:
-                    raise _Again(reason, is_free=True)
+                    raise reason._marked(_is_free=True)
                 answer = self._request(asked)
                 if answer.status in (200, 206) and answer.size != 0:
                     return answer
                 answer.close()
                 is_same = self.block.request[2] == ticket
                 if is_same and answer.status in _RANGE_REFUSED_STATUS:
-                    self._move_down(_OWN)
-                raise _Again(reason, is_free=self._has_moved)
+                    self.block.move_down(_OWN)
+                raise reason._marked(_is_free=self._has_moved())
             status, refusal = proof.status, _refusal(proof, "data block")
         if status in _EXPIRED_STATUS:
             if self._tickets.renew(self._transport, self.block, ticket):
-                raise _Again(reason, is_free=True)
+                raise reason._marked(_is_free=True)
         raise refusal
 
     def _is_end(self, own: _Asked, proof: _Answer, answer: _Answer) -> bool:
@@ -2625,7 +2552,7 @@ class _Part:
             end = int(match.group(1)) - base if match else self.position
             if self.position == self.start and not match:
                 # Of a part that begins beyond the end nobody knows where that is.
-                raise _Again(ContentLengthMismatch("%s: no data", _shown(answer.url)))
+                raise ContentLengthMismatch("%s: no data", _shown(answer.url))
         is_at_end = end == self.position or end < self.position == self.start
         if not is_at_end or (total is not None and total - base > end):
             return False
@@ -2650,8 +2577,7 @@ def _checked_body(answer: _Answer) -> Iterator[bytes]:
         if coding.lower() != "identity" and _kind(start) == "gzip":
             text = "%s: the data was compressed on the way (Content-Encoding: %s)"
             raise ProtocolError(text, _shown(answer.url), _printable(coding, 40))
-        if start:
-            yield start
+        yield start
     yield from pieces
 
 
@@ -2820,8 +2746,6 @@ class _Window:
         # full slots should give up their connections for it.
         self._waits_since: Optional[float] = time.monotonic()
         self._is_starving = False
-        # Where the next block was asked for while the one before was delivered.
-        self._ahead: Optional[_Connection] = None
 
     def chunks(self) -> Generator[Tuple[int, int, bytes], None, None]:
         """All bytes in order, as (block, offset in it, data)."""
@@ -2873,8 +2797,8 @@ class _Window:
 
     def _read_own(self, slot: _Slot) -> Iterator[bytes]:
         """Read a part in the caller's thread."""
-        part, ahead, self._ahead = slot.part, self._ahead, None
-        for data in part.read(self._is_crowded, ahead):
+        part = slot.part
+        for data in part.read(self._is_crowded):
             if part.is_complete() and self._pace.wanted == 1:
                 self._ask_ahead()
             yield data
@@ -2886,9 +2810,9 @@ class _Window:
         which bytes it has."""
         if not self._unread and not self._is_all_claimed():
             block = self._transfer.tickets.blocks[self._next]
-            url, asked = block.request[0], _ask(block, 0, None)
+            url, headers, _ = block.request
             if block.is_range and block.size and self._transfer.hosts.delay(url) <= 0:
-                self._ahead = self._transport.ask_ahead(url, asked.headers)
+                self._transport.ask_ahead(url, headers)
 
     def _adjust(self, part: _Part) -> None:
         """Leave the rest of the block that the caller's thread reads to helpers, if
@@ -3012,10 +2936,9 @@ class _Window:
             self._pace.crowd()
             if self._slots[0].is_own and self._slots[0].part is part:
                 return False
-            rest = part.block.index, part.position, part.end
-            part.stop_at(part.position)
-            self._unread.append(rest)
+            self._unread.append((part.block.index, part.position, part.end))
             self._unread.sort(key=lambda run: run[:2])
+            part.stop_at(part.position)
             self._join_runs()
             return True
 
@@ -3834,12 +3757,12 @@ class _Delivery:
         sought, and comparing the bytes that were written already if not."""
         new = self.position - self._furthest
         self._furthest = max(self._furthest, self.position)
-        if restart.is_free or new >= _PROGRESS:
+        if restart.error._is_free or new >= _PROGRESS:
             self._retry.progress(new)
             _log.info("%s", restart.error)
         else:
             self._transfer.pause(self._retry, restart.error, "")
-        if restart.is_changed:
+        if restart.error._is_changed:
             self._forget(self._transfer.tickets.blocks[restart.block])
         return self._next_place()
 
@@ -3929,8 +3852,8 @@ class _Delivery:
                 raise
             # What was taken for the slice is not: it must be the whole file.
             block.move_down(_WHOLE)
-            reason = RetryableError(str(error))
-            raise _Restart(index, reason, is_free=True) from None
+            reason = RetryableError(str(error))._marked(_is_free=True)
+            raise _Restart(index, reason) from None
 
     def finish(self) -> str:
         """All bytes have come: IntegrityError if they are not what they should be,
@@ -3964,21 +3887,13 @@ class _Delivery:
         crc, offset = self._crc, self._at - mark.position
         if mark.block < len(blocks) and blocks[mark.block].is_guessed:
             crc, offset = mark.crc, 0
+        position = mark.position + offset
+        announced = all(block.announced is not None for block in blocks[: mark.block])
         recent = blocks[self._journal.block : mark.block + 1]
-        self._journal.add(
-            _Checkpoint(
-                mark.block,
-                offset,
-                mark.position + offset,
-                crc,
-                all(block.announced is not None for block in blocks[: mark.block]),
-                {
-                    str(block.resource.first): block.resource.known
-                    for block in recent
-                    if block.data is None
-                },
-            )
-        )
+        resources = [block.resource for block in recent if block.data is None]
+        known = {str(resource.first): resource.known for resource in resources}
+        point = _Checkpoint(mark.block, offset, position, crc, announced, known)
+        self._journal.add(point)
 
     def _identity(self) -> Dict[str, str]:
         tickets = self._transfer.tickets

@@ -7530,6 +7530,15 @@ def test_no_bearer_header_of_a_ticket_is_sent_over_plain_http(
     assert fetch(ticket) == b"abc"
 
 
+def test_no_bearer_header_is_sent_ahead_over_plain_http(server, resolver):
+    url = server.at("/b", File(pattern(3000))).replace("127.0.0.1", "data.invalid")
+    blocks = [(url, {"Range": "bytes=0-999"}), (url, {"Range": "bytes=1000-1999"})]
+    blocks[1][1]["Authorization"] = "Bearer t"
+    with pytest.raises(htsget.RequestError, match="plain http"):
+        fetch(server.ticket(blocks), connections=1)
+    assert [r.headers["Authorization"] for r in server.asked("/b")] == [None]
+
+
 @pytest.mark.parametrize(
     "options, sent",
     [
