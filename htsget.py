@@ -710,7 +710,8 @@ def _regions(regions: Iterable[Any]) -> List[Dict[str, Any]]:
             raise RequestError("a region is not a tuple (name, start, end)")
         name, start, end = Region(*region)
         interval = _interval(start, end)
-        if not isinstance(name, str) or not name or (name == "*" and interval):
+        is_text = isinstance(name, str) and re.match("[^\ud800-\udfff]+\\Z", name)
+        if not is_text or (name == "*" and interval):
             text = "a region needs a reference name, and '*' takes no start or end"
             raise RequestError(text)
         result.append(dict(interval, referenceName=name))
@@ -725,7 +726,14 @@ def _query(parameters: Mapping[str, Any]) -> str:
         (name, ",".join(value) if isinstance(value, list) else value)
         for name, value in parameters.items()
     ]
-    return urllib.parse.urlencode(pairs, quote_via=urllib.parse.quote, safe=",*:")
+    quote = functools.partial(urllib.parse.quote, errors="surrogateescape")
+    try:
+        # Arguments of the command line may have bytes that are no text.
+        return "&".join(
+            "%s=%s" % (name, quote(str(value), ",*:")) for name, value in pairs
+        )
+    except UnicodeEncodeError:
+        raise RequestError("an option is not text") from None
 
 
 def _with_query(url: str, names: Iterable[str], query: str = "") -> str:
@@ -932,6 +940,10 @@ def _digest(value: Any) -> str:
 # Arithmetic only: how often, and how long to wait.
 
 
+# What a malformed date raises.
+_NO_DATE = (TypeError, ValueError, IndexError, OverflowError)
+
+
 def _retry_after(value: Optional[str], now: float) -> float:
     """Seconds to wait for a Retry-After header (a number or a date) at time `now`."""
     text = (value or "").strip()
@@ -940,7 +952,7 @@ def _retry_after(value: Optional[str], now: float) -> float:
     else:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
-        except (TypeError, ValueError, IndexError, OverflowError):
+        except _NO_DATE:
             return 0.0
     return max(0.0, min(seconds, _LONGEST_RETRY_AFTER))
 
@@ -978,7 +990,7 @@ class _Retry:
 # What the standard library raises for broken connections and broken answers, and when
 # an idle connection turns out to be dead.
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
-_DEAD = (ConnectionError, ssl.SSLError)
+_DEAD = (ConnectionError, ssl.SSLError, http.client.BadStatusLine)
 
 # Errors of a process, or system, that has too many connections open.
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -1757,8 +1769,12 @@ def _refusal(answer: _Answer, asked: str) -> HtsgetException:
     )
     if answer.status not in _RETRIED_STATUS:
         return refused
+    now = time.time()
+    with contextlib.suppress(KeyError, *_NO_DATE):
+        # By the server's clock: this machine's may be wrong.
+        now = email.utils.parsedate_to_datetime(answer.fields["date"]).timestamp()
     return RetryableIOError(str(refused), refused)._marked(
-        _retry_after=_retry_after(answer.fields.get("retry-after"), time.time()),
+        _retry_after=_retry_after(answer.fields.get("retry-after"), now),
         _crowded=answer.status in _CROWDED_STATUS,
     )
 
@@ -1868,7 +1884,7 @@ def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
 
 def _is_same_date(*dates: str) -> bool:
     """Whether two dates are those of mirrors; a malformed one says nothing."""
-    with contextlib.suppress(TypeError, ValueError, IndexError):
+    with contextlib.suppress(*_NO_DATE):
         one, other = map(email.utils.parsedate_to_datetime, dates)
         return abs((one - other).total_seconds()) <= _DATE_TOLERANCE
     return True
@@ -2406,7 +2422,7 @@ class _Part:
 
     def _deliver(self, span: _Span, answer: _Answer) -> Iterator[bytes]:
         """What an answer has of the part; at its end, whether that was all."""
-        offset = span.start
+        offset, begun = span.start, self.position
         for data in _checked_body(answer):
             stop = offset + len(data)
             if span.end is not None and stop > span.end:
@@ -2428,9 +2444,11 @@ class _Part:
             if limit is not None and offset >= limit and not span.is_guessed:
                 if offset != span.end:
                     return
-        self._check_end(span, answer, offset)
+        self._check_end(span, answer, offset, self.position > begun)
 
-    def _check_end(self, span: _Span, answer: _Answer, offset: int) -> None:
+    def _check_end(
+        self, span: _Span, answer: _Answer, offset: int, is_new: bool
+    ) -> None:
         """The body ended at `offset`: is that the end of the part?"""
         block, limit = self.block, self.limit()
         is_entire = span.end is None or offset == span.end
@@ -2450,7 +2468,7 @@ class _Part:
             # Some servers give a range in pieces.
             text = "%s: gives less than was asked for"
             reason = ContentLengthMismatch(text, _shown(answer.url))
-            raise reason._marked(_is_free=offset > span.start)
+            raise reason._marked(_is_free=is_new)
         self._learn_size(offset)
         if not answer.framed:
             text = (
@@ -2549,6 +2567,9 @@ class _Part:
             # The server gives ranges in pieces, or no length: the refusal must tell.
             said = answer.fields.get("content-range", "").strip()
             match = _NO_CONTENT_RANGE.match(said)
+            if match is None and proof.status == 200:
+                # The whole of it: no piece, and nothing that says where it ends.
+                return False
             end = int(match.group(1)) - base if match else self.position
             if self.position == self.start and not match:
                 # Of a part that begins beyond the end nobody knows where that is.
@@ -2565,19 +2586,19 @@ def _checked_body(answer: _Answer) -> Iterator[bytes]:
     is_html = "text/html" in answer.fields.get("content-type", "").lower()
     coding = answer.fields.get("content-encoding", "identity").strip() or "identity"
     pieces = answer.pieces()
+    start = next(pieces, b"")
     if is_html or coding.lower() != "identity":
         # A label that may be wrong: the first bytes decide.
-        start = b""
         for data in pieces:
             start += data
             if len(start) >= _HEAD:
                 break
-        if is_html and _is_page(start):
-            raise ProtocolError("%s: a web page instead of data", _shown(answer.url))
         if coding.lower() != "identity" and _kind(start) == "gzip":
             text = "%s: the data was compressed on the way (Content-Encoding: %s)"
             raise ProtocolError(text, _shown(answer.url), _printable(coding, 40))
-        yield start
+    if _is_page(start):
+        raise ProtocolError("%s: a web page instead of data", _shown(answer.url))
+    yield start
     yield from pieces
 
 
@@ -2781,10 +2802,8 @@ class _Window:
         """The slot that is delivered next; None at the end."""
         with self._arrived:
             while True:
-                first = self._slots[0] if self._slots else None
-                # What was given back may be due before what others read.
-                if first and not (self._unread and self._unread[0][:2] < first.key()):
-                    return first
+                if self._slots and not self._is_due():
+                    return self._slots[0]
                 if self._is_all_claimed():
                     return None
                 if self._pace.most > 1 and not self._helpers:
@@ -2806,13 +2825,16 @@ class _Window:
 
     def _ask_ahead(self) -> None:
         """Ask for the next block while the last bytes of this one are written: the
-        server takes a moment to answer. Only for a Range, as the answer to it says
-        which bytes it has."""
-        if not self._unread and not self._is_all_claimed():
+        server takes a moment to answer. Only where it answers a Range with 206, which
+        says what bytes these are."""
+        with self._arrived:
+            if self._unread or self._is_all_claimed():
+                return
             block = self._transfer.tickets.blocks[self._next]
-            url, headers, _ = block.request
-            if block.is_range and block.size and self._transfer.hosts.delay(url) <= 0:
-                self._transport.ask_ahead(url, headers)
+        url, headers, _ = block.request
+        is_told = block.is_range and block.size and block.resource.is_ranged
+        if is_told and self._transfer.hosts.delay(url) <= 0:
+            self._transport.ask_ahead(url, headers)
 
     def _adjust(self, part: _Part) -> None:
         """Leave the rest of the block that the caller's thread reads to helpers, if
@@ -2887,6 +2909,11 @@ class _Window:
     def _most_slots(self) -> int:
         """Twice as many as connections, so that none waits for the delivery."""
         return min(2 * self._pace.most, _PARTS_MOST)
+
+    def _is_due(self) -> bool:
+        """Whether what was given back comes before all that is being read."""
+        first = self._slots[0].key() if self._slots else (-1, 0)
+        return bool(self._unread) and self._unread[0][:2] < first
 
     def _is_all_claimed(self) -> bool:
         return not self._unread and self._next >= len(self._transfer.tickets.blocks)
@@ -2988,8 +3015,9 @@ class _Window:
                     self._pace.stall()
                 reading = sum(not slot.is_done for slot in self._slots)
                 room = len(self._slots) < self._most_slots()
-                allowed = reading < self._pace.wanted and self._pace.wanted > 1
-                if allowed and room and not self._is_all_claimed():
+                # Full slots wait for what was given back, and is due before them.
+                allowed = (reading < self._pace.wanted and room) or self._is_due()
+                if self._pace.wanted > 1 and allowed and not self._is_all_claimed():
                     if len(self._helpers) < self._pace.wanted:
                         self._add_helper()
                     return self._claim(is_own=False)
@@ -3045,7 +3073,8 @@ class _Output:
 
     def _find_start(self, stream: Any) -> Optional[int]:
         """Where a stream stands; None if it is not seekable or cannot be truncated."""
-        if getattr(type(stream), "truncate", stream.truncate) is IOBase.truncate:
+        raw = getattr(stream, "raw", stream)
+        if getattr(type(raw), "truncate", raw.truncate) is IOBase.truncate:
             return None
         if hasattr(stream, "seekable") and not stream.seekable():
             return None
@@ -3335,7 +3364,7 @@ class _Journal:
         with _open(self._path, "rb") as file:
             lines = file.read(_TICKET_LIMIT).split(b"\n")
         if _parsed(lines[0]) != dict(identity, journal=_JOURNAL_VERSION):
-            raise ValueError("its journal is of another request, ticket or version")
+            raise ValueError("its journal is damaged, or of another request or version")
         points: List[_Checkpoint] = []
         length, validators = len(lines[0]) + 1, {}
         # The last line is empty, or torn by a crash; what follows a torn one is void.
@@ -3418,7 +3447,7 @@ def _open_output(output: Any) -> _Output:
         return _Output(output)
     path = os.fsdecode(output)
     if not path:
-        raise RequestError("the name of the output is empty")
+        raise RequestError("output is empty")
     own = re.match(
         r"/(?:dev|proc/self)/(?:fd/)?(\d+|stdout|stderr)\Z", os.path.abspath(path)
     )
@@ -3678,6 +3707,8 @@ class _Verifier:
         if self._head is not None:
             if self._is_empty and self._format:
                 raise IntegrityError("the ticket has no data blocks")
+            if self._is_empty:
+                _log.warning("the ticket has no data blocks")
             self._begin(self._head)
         kind = self._check.kind
         if not self._check.is_ended(self._tail) and not self._is_header:
@@ -3778,7 +3809,10 @@ class _Delivery:
     def _forget(self, block: _Block) -> None:
         """An object has changed: void are the bytes that came from it."""
         if block.resource.first == block.index:
-            block.forget()
+            for other in self._transfer.tickets.blocks[block.index :]:
+                # What was read ahead came from the same object.
+                if other.resource is block.resource:
+                    other.forget()
             if block.index == self._mark.block:
                 self._go_back()
             return
@@ -4252,7 +4286,7 @@ def _source(options: _Options) -> Union[_TicketRequest, Ticket]:
         return _TicketRequest(options)
     given = [name for name in _REQUEST_OPTIONS if getattr(options, name) is not None]
     if given:
-        text = "%s cannot be combined with a ticket: it was requested already"
+        text = "%s cannot be combined with a ticket, which says what is fetched"
         raise RequestError(text, ", ".join(given))
     _check_ticket(ticket)
     return ticket
@@ -4374,7 +4408,7 @@ _EXAMPLES = """examples:
   htsget https://example.org/reads/NA12878 --region chr1:1,000-2,000 -O slice.bam
   htsget https://example.org/variants/1000g -f VCF -r chr22 | zcat | less
 
-exit status: 0 done; 1 refused or wrong; 2 wrong usage; 75 gave up, rerun to resume;
+exit status: 0 done; 1 refused or wrong; 2 usage error; 75 gave up, rerun to resume;
   129, 130, 143 hang-up, interrupted, terminated; 141 broken pipe
 """
 
@@ -4415,7 +4449,7 @@ class _Messages(logging.Handler):
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line with `argv` (default: sys.argv[1:]); return its status.
 
-    0: done. 1: refused or wrong, a rerun will not help. 2: wrong usage. 75: gave up,
+    0: done. 1: refused or wrong, a rerun will not help. 2: usage error. 75: gave up,
     a rerun may help. 129, 130, 143: hang-up, interrupted, terminated. 141: broken
     pipe.
     """
@@ -4501,7 +4535,7 @@ def _verdict(error: Exception, args: argparse.Namespace) -> Tuple[int, str]:
     if isinstance(error, ClientError):
         return 1, _hint(error, args)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return 75, "; free some space and rerun to resume"
+        return 75, "; free some space and rerun" + (" to resume" if _kept(args) else "")
     return 75 if isinstance(error, BlockingIOError) else 1, ""
 
 
@@ -4524,7 +4558,11 @@ def _hint(error: ClientError, args: argparse.Namespace) -> str:
         return _LOGIN_HINTS[asked] if status == 407 else "; the proxy refuses"
     if asked.startswith("ticket") and status in (401, 403):
         return _LOGIN_HINTS[asked]
-    if asked.startswith("ticket") and error.error in ("NotFound", "Not Found"):
+    narrow = (args.reference_name, args.reference_md5, args.region, args.regions_file)
+    is_about_the_id = asked.startswith("ticket") and not (
+        any(narrow) or args.service_info
+    )
+    if is_about_the_id and error.error in ("NotFound", "Not Found"):
         return "; check the id in the URL"
     if asked == "data block" and status in _EXPIRED_STATUS and not _is_url(args.url):
         return "; the URLs of the ticket may have expired: get a new ticket"
@@ -4539,9 +4577,15 @@ def _hint(error: ClientError, args: argparse.Namespace) -> str:
 
 def _act(args: argparse.Namespace, meter: Optional[_Meter]) -> None:
     """Call the function that the arguments ask for."""
-    options, source = _options(args), args.url
+    source = args.url
     if not args.service_info and not _is_url(source):
+        names = [*_REQUEST_OPTIONS, "region", "regions_file", "bearer_token_file"]
+        given = [name for name in names if getattr(args, name, None) not in (None, [])]
+        if given:
+            text = "%s cannot be combined with a ticket, which says what is fetched"
+            raise RequestError(text, ", ".join(args.words[name] for name in given))
         source = _ticket(source)
+    options = _options(args)
     output = None if args.service_info or args.dry_run else _output(args)
     try:
         if args.service_info:
@@ -4662,7 +4706,7 @@ def _read_token(path: str) -> str:
         token = json.loads(text)["access_token"] if text.startswith("{") else text
         if isinstance(token, str) and token.strip():
             return token
-    text = "no token in %s; it must have a text, or JSON with access_token"
+    text = "no token in %s; it must hold the token, or JSON with access_token"
     raise RequestError(text, path)
 
 
@@ -4745,9 +4789,9 @@ def _add_options(parser: argparse.ArgumentParser) -> List[argparse.Action]:
     add("-r --reference-name", "NAME", "reference, such as chr1")
     add("-m --reference-md5", "MD5", "MD5 of the reference sequence")
     add("-s --start", "N", "first position, 0-based")
-    add("-e --end", "N", "position after the last one")
+    add("-e --end", "N", "end position, 0-based, exclusive")
     add(
-        "--region", "REGION", "as chr1:1,000-2,000, 1-based, closed; repeatable", **many
+        "--region", "REGION", "chr1:1,000-2,000, 1-based, inclusive; repeatable", **many
     )
     add("-L --regions-file", "BED", "regions, 0-based; - for standard input")
     add("--fields", "LIST", "SAM fields to include, comma-separated")
@@ -4757,7 +4801,7 @@ def _add_options(parser: argparse.ArgumentParser) -> List[argparse.Action]:
     add("--service-info", "", "print what the server says about itself, and stop")
     add("--dry-run", "", "print what the ticket says, and stop")
     group = parser.add_argument_group("transfer")
-    add("-M --max-retries", "N", "without progress; negative: no limit (default: 5)")
+    add("-M --max-retries", "N", "in a row without progress (default: 5; <0: no limit)")
     add("-W --retry-wait", "SECONDS", "wait before the first retry (default: 5)")
     add("-c --connections", "N", "the most connections at once (default: 4)")
     add("--no-verify", "", "do not check MD5, format and end of data", dest="verify")
@@ -4765,9 +4809,13 @@ def _add_options(parser: argparse.ArgumentParser) -> List[argparse.Action]:
     group = parser.add_argument_group("connection")
     add("-T --timeout", "SECONDS", "how long to wait for data (default: 120)")
     add("-b --bearer-token", "TOKEN", "token for the ticket server")
-    add("--bearer-token-file", "PATH", "file with it (default: $HTS_AUTH_LOCATION)")
+    add(
+        "--bearer-token-file",
+        "PATH",
+        "file with the token (default: $HTS_AUTH_LOCATION)",
+    )
     add("-H --headers", "HEADER", "'Name: value', repeatable; or a JSON object", **many)
-    add("--cacert", "PATH", "file or folder of certificates to trust too")
+    add("--cacert", "PATH", "file or folder of additional CA certificates")
     group = parser.add_argument_group("output")
     add("-O -o --output", "PATH", "file to write (default, and -: standard output)")
     add("--progress", "", "show progress even without a terminal", **either)
