@@ -1264,7 +1264,8 @@ class _Connection(http.client.HTTPConnection):
             self._open_tunnel(self._tunnel)
         if self.route[0] == "https":
             name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
-            wrapped = self.pool.ssl_context().wrap_socket(
+            given = self.pool.options.ssl_context
+            wrapped = _notice_cut_tls(given or _default_ssl_context()).wrap_socket(
                 self.sock,
                 server_hostname=name or self.host,
                 do_handshake_on_connect=False,
@@ -1347,12 +1348,7 @@ class _Request(urllib.request.Request):
     """
 
     def __init__(
-        self,
-        url: str,
-        headers: Dict[str, str],
-        body: Optional[bytes] = None,
-        private: bool = False,
-        cookies: Any = None,
+        self, url: str, headers: Dict[str, str], body: Any, private: bool, jar: Any
     ) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1360,7 +1356,8 @@ class _Request(urllib.request.Request):
         # The stock ProxyHandler adds to `headers` what is for the proxy only.
         self.own_headers = headers
         self.private = private
-        self.cookies = cookies
+        # The cookies that were set on the way, if any.
+        self.jar = jar
 
 
 def _route(request: _Request) -> Tuple[str, str, Optional[str]]:
@@ -1413,7 +1410,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         own = dict(self._headers(req, url), **login)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
-        jar = req.cookies
+        jar = req.jar
         if jar is None and headers.get("set-cookie"):
             import http.cookiejar
 
@@ -1500,9 +1497,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.hosts = hosts
         self.stopped = threading.Event()
-        self._limit = options.connections
-        self._ssl_context = options.ssl_context
-        self._timeout = options.timeout and min(options.timeout, _LONGEST_TIMEOUT)
+        self.options = options
         self._opener = urllib.request.OpenerDirector()
         for handler in (_Proxies(_proxies()), self, _Redirects()):
             self._opener.add_handler(handler)
@@ -1517,15 +1512,12 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             raise _Stopped
 
     def request(
-        self,
-        url: str,
-        headers: Dict[str, str],
-        body: Optional[bytes] = None,
-        private: bool = False,
+        self, url: str, headers: Dict[str, str], body: Any = None, private: bool = False
     ) -> _Answer:
         """The answer to a request after redirects, whatever its status."""
-        request: Any = _Request(url, headers, body, private)
-        answer: Any = self._opener.open(request, timeout=self._timeout)
+        request: Any = _Request(url, headers, body, private, jar=None)
+        timeout = self.options.timeout and min(self.options.timeout, _LONGEST_TIMEOUT)
+        answer: Any = self._opener.open(request, timeout=timeout)
         _log.debug("%s %s: %d", request.get_method(), _shown(answer.url), answer.status)
         elsewhere = answer.login and _origin(answer.url) != _origin(url)
         if elsewhere and not private and answer.status in (400, 401, 403):
@@ -1538,7 +1530,8 @@ class _Transport(urllib.request.AbstractHTTPHandler):
     def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
         """Send a request whose answer is wanted soon, if an idle connection (without
         a proxy) is there for it; the same `request` takes up the answer."""
-        request: Any = self.http_request(_Request(url, headers))
+        asked = _Request(url, headers, body=None, private=False, jar=None)
+        request: Any = self.http_request(asked)
         connection = self._take_idle(request)
         if connection is not None:
             try:
@@ -1548,10 +1541,6 @@ class _Transport(urllib.request.AbstractHTTPHandler):
                 self.take_back(connection, False)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def ssl_context(self) -> ssl.SSLContext:
-        """The caller's context, or the default one."""
-        return _notice_cut_tls(self._ssl_context or _default_ssl_context())
 
     def http_open(self, request: _Request) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
@@ -1597,7 +1586,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             if self.stopped.is_set():
                 raise _Stopped
             self._open.add(connection)
-        self.close_idle(max(0, len(self._open) - self._limit))
+        self.close_idle(max(0, len(self._open) - self.options.connections))
         return connection
 
     def take_back(self, connection: _Connection, is_free: bool) -> None:
