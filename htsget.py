@@ -2592,7 +2592,7 @@ class _Pace:
     def __init__(self, most: int) -> None:
         self.most = most
         self.wanted = 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # Each thread's CPU time and the time when it was last counted.
         self._mine = threading.local()
         self._cpu = self._sampled = 0.0
@@ -2636,21 +2636,17 @@ class _Pace:
             self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
             self._busy = self._busy + 1 if use > _BUSY else 0
             if use < _IDLE and may_grow:
-                self._grow()
+                self.grow()
             elif self._busy >= self._patience and self.wanted > 1:
                 # May oscillate: require twice the samples next time.
                 self._patience *= 2
                 self.wanted = 1
 
-    def stall(self) -> None:
-        """The caller's thread waits for a server: so may others meanwhile."""
+    def grow(self) -> None:
+        """Use twice as many, unless a server is to be spared."""
         with self._lock:
-            self._grow()
-
-    def _grow(self) -> None:
-        """Use twice as many (with the lock), unless a server is to be spared."""
-        if not self._is_sparing():
-            self.wanted = min(2 * self.wanted, self.most)
+            if not self._is_sparing():
+                self.wanted = min(2 * self.wanted, self.most)
 
     def _is_sparing(self) -> bool:
         """Whether a server has refused one of several connections lately."""
@@ -2711,6 +2707,10 @@ class _Slot:
         return self.part.block.index, self.part.start
 
 
+# A part of a block: its number, start and end (None: the block's end).
+_Run = Tuple[int, int, Optional[int]]
+
+
 class _Window:
     """Reads the blocks from a place on, several parts at once if that pays, and
     delivers their bytes in order.
@@ -2723,15 +2723,14 @@ class _Window:
         self._transfer = transfer
         self._transport = transfer.transport
         self._pace = transfer.pace
-        # Bytes that a slot holds, and that a block is cut into.
+        # Twice as many slots as connections, so that none waits for the delivery; and
+        # the bytes that a slot holds, and that a block is cut into.
+        self._most_slots = min(2 * self._pace.most, _PARTS_MOST)
         window = min(self._pace.most * _WINDOW_EACH, _WINDOW_MOST)
-        self._piece = window // self._most_slots()
-        # What no slot reads yet: runs (block, start, end) in order, then the blocks
-        # from `next` on.
-        self._unread: List[Tuple[int, int, Optional[int]]] = []
-        self._next = index
-        if offset > 0:
-            self._unread, self._next = [(index, offset, None)], index + 1
+        self._piece = window // self._most_slots
+        # What no slot reads yet: runs in order, then the blocks from `next` on.
+        self._unread: List[_Run] = [(index, offset, None)] if offset > 0 else []
+        self._next = index + len(self._unread)
         self._slots: Deque[_Slot] = collections.deque()
         # On one lock: something came for the caller's thread; there is work or room.
         lock = threading.RLock()
@@ -2880,10 +2879,6 @@ class _Window:
 
     # Who reads what.
 
-    def _most_slots(self) -> int:
-        """Twice as many as connections, so that none waits for the delivery."""
-        return min(2 * self._pace.most, _PARTS_MOST)
-
     def _is_all_claimed(self) -> bool:
         return not self._unread and self._next >= len(self._transfer.tickets.blocks)
 
@@ -2932,16 +2927,16 @@ class _Window:
             self._pace.crowd()
             if self._slots[0].is_own and self._slots[0].part is part:
                 return False
-            self._unread.append((part.block.index, part.position, part.end))
-            self._unread.sort(key=lambda run: run[:2])
-            part.stop_at(part.position)
-            self._join_runs()
+            self._give_back(part)
             return True
 
-    def _join_runs(self) -> None:
-        """Join what is unread of a block: fewer requests, while blocks are not cut."""
-        runs: List[Tuple[int, int, Optional[int]]] = []
-        for index, start, end in self._unread:
+    def _give_back(self, part: _Part) -> None:
+        """Leave the rest of a part unread, joined with what is unread of its block:
+        fewer requests, while blocks are not cut."""
+        runs: List[_Run] = []
+        rest = part.block.index, part.position, part.end
+        part.stop_at(part.position)
+        for index, start, end in sorted([*self._unread, rest], key=lambda run: run[:2]):
             if runs and runs[-1][0] == index and runs[-1][2] == start:
                 index, start = runs.pop()[:2]
             runs.append((index, start, end))
@@ -2981,9 +2976,10 @@ class _Window:
         with self._arrived:
             while True:
                 if self._pace.wanted == 1 and self._is_stalled() and self._may_grow():
-                    self._pace.stall()
+                    # While the caller's thread waits for a server, others may, too.
+                    self._pace.grow()
                 reading = sum(not slot.is_done for slot in self._slots)
-                room = len(self._slots) < self._most_slots()
+                room = len(self._slots) < self._most_slots
                 allowed = reading < self._pace.wanted and self._pace.wanted > 1
                 if allowed and room and not self._is_all_claimed():
                     if len(self._helpers) < self._pace.wanted:
