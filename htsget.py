@@ -3896,17 +3896,15 @@ class _Delivery:
         if output.size() == 0:
             return False
         try:
-            points = output.journal.load(self._identity())
-            proven = self._prove(output, points)
+            self._prove(output, output.journal.load(self._identity()))
         except (ValueError, OSError) as error:
             _log.warning("starting over: cannot resume %s: %s", output.part, error)
             return False
-        if not proven:
-            _log.warning("starting over: cannot resume %s: it is damaged", output.part)
-        return proven
+        return True
 
-    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> bool:
-        """Read the kept bytes once, and go to the last checkpoint that they prove."""
+    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> None:
+        """Read the kept bytes once, and go to the last checkpoint that they prove;
+        ValueError if there is none."""
         blocks = self._transfer.tickets.blocks
         verifier, crc, at = self._verifier.copy(), 0, 0
         mark, best = self._mark, None
@@ -3925,7 +3923,7 @@ class _Delivery:
             if at > 0:
                 best = point, mark, verifier.copy()
         if best is None:
-            return False
+            raise ValueError("it is damaged")
         point, self._mark, self._verifier = best
         output.truncate(point.position)
         self.position = self.resumed = self._furthest = self._at = point.position
@@ -3935,7 +3933,6 @@ class _Delivery:
         if point.announced:
             for block in blocks[: point.block]:
                 block.announce(0)
-        return True
 
 
 def _differs() -> ProtocolError:
