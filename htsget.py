@@ -2451,7 +2451,7 @@ class _Part:
             raise reason._marked(_is_free=offset > span.start)
         self._learn_size(offset)
         if not answer.framed:
-            text = "%s does not announce the size of data block %d: accepting %d bytes"
+            text = "%s does not announce the length of data block %d: taking %d bytes"
             _log.warning(text, _shown(answer.url), block.index + 1, offset)
 
     def _learn_size(self, size: int) -> None:
