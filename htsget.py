@@ -1382,7 +1382,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         """Follow a redirect, if the answer is one (called by the opener)."""
         if answer.status not in (301, 302, 303, 307, 308):
             return answer
-        head: Any = answer.status, answer.reason, answer.headers
+        head: Any = (answer.status, answer.reason, answer.headers)
         try:
             # Without Location there is nowhere to go: a refusal.
             return self.http_error_302(request, answer, *head) or answer
