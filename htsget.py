@@ -1267,7 +1267,8 @@ class _Connection(http.client.HTTPConnection):
             self._open_tunnel(self._tunnel)
         if self.route[0] == "https":
             name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
-            wrapped = self.pool.ssl_context().wrap_socket(
+            given = self.pool.options.ssl_context
+            wrapped = _notice_cut_tls(given or _default_ssl_context()).wrap_socket(
                 self.sock,
                 server_hostname=name or self.host,
                 do_handshake_on_connect=False,
@@ -1350,12 +1351,7 @@ class _Request(urllib.request.Request):
     """
 
     def __init__(
-        self,
-        url: str,
-        headers: Dict[str, str],
-        body: Optional[bytes] = None,
-        private: bool = False,
-        cookies: Any = None,
+        self, url: str, headers: Dict[str, str], body: Any, private: bool, jar: Any
     ) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url, body, headers, origin_req_host="")
@@ -1363,7 +1359,8 @@ class _Request(urllib.request.Request):
         # The stock ProxyHandler adds to `headers` what is for the proxy only.
         self.own_headers = headers
         self.private = private
-        self.cookies = cookies
+        # The cookies that were set on the way, if any.
+        self.jar = jar
 
 
 def _route(request: _Request) -> Tuple[str, str, Optional[str]]:
@@ -1416,7 +1413,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         own = dict(self._headers(req, url), **login)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
-        jar = req.cookies
+        jar = req.jar
         if jar is None and headers.get("set-cookie"):
             import http.cookiejar
 
@@ -1503,9 +1500,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.hosts = hosts
         self.stopped = threading.Event()
-        self._limit = options.connections
-        self._ssl_context = options.ssl_context
-        self._timeout = options.timeout and min(options.timeout, _LONGEST_TIMEOUT)
+        self.options = options
         self._opener = urllib.request.OpenerDirector()
         for handler in (_Proxies(_proxies()), self, _Redirects()):
             self._opener.add_handler(handler)
@@ -1520,15 +1515,12 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             raise _Stopped
 
     def request(
-        self,
-        url: str,
-        headers: Dict[str, str],
-        body: Optional[bytes] = None,
-        private: bool = False,
+        self, url: str, headers: Dict[str, str], body: Any = None, private: bool = False
     ) -> _Answer:
         """The answer to a request after redirects, whatever its status."""
-        request: Any = _Request(url, headers, body, private)
-        answer: Any = self._opener.open(request, timeout=self._timeout)
+        request: Any = _Request(url, headers, body, private, jar=None)
+        timeout = self.options.timeout and min(self.options.timeout, _LONGEST_TIMEOUT)
+        answer: Any = self._opener.open(request, timeout=timeout)
         _log.debug("%s %s: %d", request.get_method(), _shown(answer.url), answer.status)
         elsewhere = answer.login and _origin(answer.url) != _origin(url)
         if elsewhere and not private and answer.status in (400, 401, 403):
@@ -1541,7 +1533,8 @@ class _Transport(urllib.request.AbstractHTTPHandler):
     def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
         """Send a request whose answer is wanted soon, if an idle connection (without
         a proxy) is there for it; the same `request` takes up the answer."""
-        request: Any = self.http_request(_Request(url, headers))
+        asked = _Request(url, headers, body=None, private=False, jar=None)
+        request: Any = self.http_request(asked)
         connection = self._take_idle(request)
         if connection is not None:
             try:
@@ -1551,10 +1544,6 @@ class _Transport(urllib.request.AbstractHTTPHandler):
                 self.take_back(connection, False)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def ssl_context(self) -> ssl.SSLContext:
-        """The caller's context, or the default one."""
-        return _notice_cut_tls(self._ssl_context or _default_ssl_context())
 
     def http_open(self, request: _Request) -> _Answer:
         """Exchange a request for an answer (called by the opener)."""
@@ -1600,7 +1589,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             if self.stopped.is_set():
                 raise _Stopped
             self._open.add(connection)
-        self.close_idle(max(0, len(self._open) - self._limit))
+        self.close_idle(max(0, len(self._open) - self.options.connections))
         return connection
 
     def take_back(self, connection: _Connection, is_free: bool) -> None:
@@ -2471,9 +2460,7 @@ class _Part:
             raise reason._marked(_is_free=is_new)
         self._learn_size(offset)
         if not answer.framed:
-            text = (
-                "%s does not announce the length of data block %d: accepting %d bytes"
-            )
+            text = "%s does not announce the length of data block %d: taking %d bytes"
             _log.warning(text, _shown(answer.url), block.index + 1, offset)
 
     def _learn_size(self, size: int) -> None:
@@ -2617,7 +2604,7 @@ class _Pace:
     def __init__(self, most: int) -> None:
         self.most = most
         self.wanted = 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # Each thread's CPU time and the time when it was last counted.
         self._mine = threading.local()
         self._cpu = self._sampled = 0.0
@@ -2661,21 +2648,17 @@ class _Pace:
             self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
             self._busy = self._busy + 1 if use > _BUSY else 0
             if use < _IDLE and may_grow:
-                self._grow()
+                self.grow()
             elif self._busy >= self._patience and self.wanted > 1:
                 # May oscillate: require twice the samples next time.
                 self._patience *= 2
                 self.wanted = 1
 
-    def stall(self) -> None:
-        """The caller's thread waits for a server: so may others meanwhile."""
+    def grow(self) -> None:
+        """Use twice as many, unless a server is to be spared."""
         with self._lock:
-            self._grow()
-
-    def _grow(self) -> None:
-        """Use twice as many (with the lock), unless a server is to be spared."""
-        if not self._is_sparing():
-            self.wanted = min(2 * self.wanted, self.most)
+            if not self._is_sparing():
+                self.wanted = min(2 * self.wanted, self.most)
 
     def _is_sparing(self) -> bool:
         """Whether a server has refused one of several connections lately."""
@@ -2736,6 +2719,10 @@ class _Slot:
         return self.part.block.index, self.part.start
 
 
+# A part of a block: its number, start and end (None: the block's end).
+_Run = Tuple[int, int, Optional[int]]
+
+
 class _Window:
     """Reads the blocks from a place on, several parts at once if that pays, and
     delivers their bytes in order.
@@ -2748,15 +2735,14 @@ class _Window:
         self._transfer = transfer
         self._transport = transfer.transport
         self._pace = transfer.pace
-        # Bytes that a slot holds, and that a block is cut into.
+        # Twice as many slots as connections, so that none waits for the delivery; and
+        # the bytes that a slot holds, and that a block is cut into.
+        self._most_slots = min(2 * self._pace.most, _PARTS_MOST)
         window = min(self._pace.most * _WINDOW_EACH, _WINDOW_MOST)
-        self._piece = window // self._most_slots()
-        # What no slot reads yet: runs (block, start, end) in order, then the blocks
-        # from `next` on.
-        self._unread: List[Tuple[int, int, Optional[int]]] = []
-        self._next = index
-        if offset > 0:
-            self._unread, self._next = [(index, offset, None)], index + 1
+        self._piece = window // self._most_slots
+        # What no slot reads yet: runs in order, then the blocks from `next` on.
+        self._unread: List[_Run] = [(index, offset, None)] if offset > 0 else []
+        self._next = index + len(self._unread)
         self._slots: Deque[_Slot] = collections.deque()
         # On one lock: something came for the caller's thread; there is work or room.
         lock = threading.RLock()
@@ -2906,10 +2892,6 @@ class _Window:
 
     # Who reads what.
 
-    def _most_slots(self) -> int:
-        """Twice as many as connections, so that none waits for the delivery."""
-        return min(2 * self._pace.most, _PARTS_MOST)
-
     def _is_due(self) -> bool:
         """Whether what was given back comes before all that is being read."""
         first = self._slots[0].key() if self._slots else (-1, 0)
@@ -2963,16 +2945,16 @@ class _Window:
             self._pace.crowd()
             if self._slots[0].is_own and self._slots[0].part is part:
                 return False
-            self._unread.append((part.block.index, part.position, part.end))
-            self._unread.sort(key=lambda run: run[:2])
-            part.stop_at(part.position)
-            self._join_runs()
+            self._give_back(part)
             return True
 
-    def _join_runs(self) -> None:
-        """Join what is unread of a block: fewer requests, while blocks are not cut."""
-        runs: List[Tuple[int, int, Optional[int]]] = []
-        for index, start, end in self._unread:
+    def _give_back(self, part: _Part) -> None:
+        """Leave the rest of a part unread, joined with what is unread of its block:
+        fewer requests, while blocks are not cut."""
+        runs: List[_Run] = []
+        rest = part.block.index, part.position, part.end
+        part.stop_at(part.position)
+        for index, start, end in sorted([*self._unread, rest], key=lambda run: run[:2]):
             if runs and runs[-1][0] == index and runs[-1][2] == start:
                 index, start = runs.pop()[:2]
             runs.append((index, start, end))
@@ -3012,9 +2994,10 @@ class _Window:
         with self._arrived:
             while True:
                 if self._pace.wanted == 1 and self._is_stalled() and self._may_grow():
-                    self._pace.stall()
+                    # While the caller's thread waits for a server, others may, too.
+                    self._pace.grow()
                 reading = sum(not slot.is_done for slot in self._slots)
-                room = len(self._slots) < self._most_slots()
+                room = len(self._slots) < self._most_slots
                 # Full slots wait for what was given back, and is due before them.
                 allowed = (reading < self._pace.wanted and room) or self._is_due()
                 if self._pace.wanted > 1 and allowed and not self._is_all_claimed():
@@ -3938,17 +3921,15 @@ class _Delivery:
         if output.size() == 0:
             return False
         try:
-            points = output.journal.load(self._identity())
-            proven = self._prove(output, points)
+            self._prove(output, output.journal.load(self._identity()))
         except (ValueError, OSError) as error:
             _log.warning("starting over: cannot resume %s: %s", output.part, error)
             return False
-        if not proven:
-            _log.warning("starting over: cannot resume %s: it is damaged", output.part)
-        return proven
+        return True
 
-    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> bool:
-        """Read the kept bytes once, and go to the last checkpoint that they prove."""
+    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> None:
+        """Read the kept bytes once, and go to the last checkpoint that they prove;
+        ValueError if there is none."""
         blocks = self._transfer.tickets.blocks
         verifier, crc, at = self._verifier.copy(), 0, 0
         mark, best = self._mark, None
@@ -3967,7 +3948,7 @@ class _Delivery:
             if at > 0:
                 best = point, mark, verifier.copy()
         if best is None:
-            return False
+            raise ValueError("it is damaged")
         point, self._mark, self._verifier = best
         output.truncate(point.position)
         self.position = self.resumed = self._furthest = self._at = point.position
@@ -3977,7 +3958,6 @@ class _Delivery:
         if point.announced:
             for block in blocks[: point.block]:
                 block.announce(0)
-        return True
 
 
 def _differs() -> ProtocolError:
