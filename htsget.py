@@ -2737,9 +2737,8 @@ class _Window:
         self._pace = transfer.pace
         # Twice as many slots as connections, so that none waits for the delivery; and
         # the bytes that a slot holds, and that a block is cut into.
-        self._most_slots = min(2 * self._pace.most, _PARTS_MOST)
         window = min(self._pace.most * _WINDOW_EACH, _WINDOW_MOST)
-        self._piece = window // self._most_slots
+        self._piece = window // self._most_slots()
         # What no slot reads yet: runs in order, then the blocks from `next` on.
         self._unread: List[_Run] = [(index, offset, None)] if offset > 0 else []
         self._next = index + len(self._unread)
@@ -2892,6 +2891,10 @@ class _Window:
 
     # Who reads what.
 
+    def _most_slots(self) -> int:
+        """Twice as many as connections, so that none waits for the delivery."""
+        return min(2 * self._pace.most, _PARTS_MOST)
+
     def _is_due(self) -> bool:
         """Whether what was given back comes before all that is being read."""
         first = self._slots[0].key() if self._slots else (-1, 0)
@@ -2997,7 +3000,7 @@ class _Window:
                     # While the caller's thread waits for a server, others may, too.
                     self._pace.grow()
                 reading = sum(not slot.is_done for slot in self._slots)
-                room = len(self._slots) < self._most_slots
+                room = len(self._slots) < self._most_slots()
                 # Full slots wait for what was given back, and is due before them.
                 allowed = (reading < self._pace.wanted and room) or self._is_due()
                 if self._pace.wanted > 1 and allowed and not self._is_all_claimed():

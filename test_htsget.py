@@ -1249,6 +1249,40 @@ def test_a_block_that_cannot_say_what_it_sends_is_not_asked_for_ahead(server):
     assert (output.data, output.asked) == (b"abcabc", [1, 2])
 
 
+def test_a_slice_with_status_200_is_not_asked_for_ahead(server):
+    data = pattern(2000)
+    url = server.at("/file", lambda h: h.reply(200, sliced_by(h, data)))
+    blocks = [(url, {"Range": "bytes=%d-%d" % (n, n + 999)}) for n in (0, 1000)]
+    output = Watching(server)
+    htsget.get(server.ticket(blocks), output, connections=1)
+    assert (output.data, output.asked) == (data, [1, 2])
+
+
+def test_a_stray_line_after_an_answer_costs_no_retry(server):
+    data = pattern(3000)
+    file = File(data)
+
+    def route(handler):
+        file(handler)
+        time.sleep(0.01)
+        handler.wfile.write(b"\r\n")
+
+    class Slow(io.BytesIO):
+        def write(self, data):
+            time.sleep(0.05)
+            return super().write(data)
+
+    blocks = sliced(server, data, count=6)
+    server.at("/file", route)
+    assert arrives(server.ticket(blocks), data, output=Slow, max_retries=0)
+
+
+def sliced_by(handler, data):
+    """What a request's Range asks for."""
+    first, last = re.match(r"bytes=(\d+)-(\d+)", handler.headers["Range"]).groups()
+    return data[int(first) : int(last) + 1]
+
+
 def test_an_answer_that_was_asked_for_ahead_and_lost_costs_no_retry(server):
     data = pattern(2000)
     lost = [None, lambda handler, *answer: handler.cut() or True]
@@ -2149,6 +2183,94 @@ def test_a_renewed_ticket_with_other_blocks_fails(server):
     server.at("/reads/x", lambda handler: handler.reply(200, texts.pop(0)))
     with pytest.raises(htsget.RetryableError, match="other data blocks|different"):
         fetch(first)
+
+
+def chunked_once_cut(data, own):
+    """A route that refuses all Ranges, and sends `data` in chunks; the first time it
+    is cut in the middle, and `own(handler)` answers from then on."""
+    served = []
+
+    def route(handler):
+        if "Range" in handler.headers:
+            handler.reply(416)
+        elif served:
+            own(handler)
+        else:
+            served.append(None)
+            handler.head(200, {"Transfer-Encoding": "chunked"})
+            handler.send_chunked(data[: len(data) // 2])
+            handler.cut()
+
+    return route
+
+
+def test_a_refused_range_does_not_end_a_block_without_a_length(server):
+    data = pattern(200000)
+
+    def whole(handler):
+        handler.head(200, {"Transfer-Encoding": "chunked"})
+        handler.send_chunked(data)
+        handler.wfile.write(b"0\r\n\r\n")
+
+    urls = [server.at("/b", chunked_once_cut(data, whole)), server.at("/e", b"end")]
+    assert fetch(server.ticket(urls)) == data + b"end"
+
+
+def test_an_object_that_has_shrunk_is_not_mixed_with_the_old_one(server):
+    new = pattern(50000, 1)
+    route = chunked_once_cut(pattern(200000), lambda handler: handler.reply(200, new))
+    assert fetch(server.ticket([server.at("/b", route)])) == new
+
+
+def test_the_size_of_an_object_is_forgotten_when_it_changes(server):
+    old, new, half = pattern(300000), pattern(350000, 1), 200000
+    file = File(old, etag='"old"')
+    begun = []
+
+    def route(handler):
+        if handler.headers["Range"].startswith("bytes=0-") and not begun:
+            begun.append(None)
+            damage.cut(1000)(handler, *file.answer(handler.headers))
+        else:
+            file(handler)
+            if len(begun) == 1 and handler.headers["Range"] == "bytes=%d-" % half:
+                # The end of the old object is known.
+                begun.append(None)
+                file.data, file.etag = new, '"new"'
+
+    url = server.at("/file", route)
+    server.delay = 0.1
+    ranges = ["bytes=0-%d" % (half - 1), "bytes=%d-" % half]
+
+    class Slow(io.BytesIO):
+        def write(self, data):
+            while len(begun) < 2 and self.waited < 100:
+                self.waited += 1
+                time.sleep(0.02)
+            return super().write(data)
+
+        waited = 0
+
+    blocks = [(url, {"Range": wanted}) for wanted in ranges]
+    # Two connections: the second block is read while the first one is delivered.
+    assert arrives(server.ticket(blocks), new, output=Slow, connections=2)
+
+
+def test_a_transfer_that_stands_at_a_block_without_a_length_goes_on(server, tmp_path):
+    data, path = pattern(300000), tmp_path / "out"
+    file = File(data, framing="chunked")
+
+    def route(handler):
+        handler.reply(416) if "Range" in handler.headers else file(handler)
+
+    url = server.ticket(
+        [server.at("/b", route), server.at("/e", lambda h: h.reply(500))]
+    )
+    with pytest.raises(htsget.RetryableError):
+        htsget.get(url, path, **dict(STEADY, max_retries=0))
+    server.at("/e", b"end")
+    htsget.get(url, path, **dict(STEADY, max_retries=0))
+    assert contents(path) == data + b"end"
 
 
 # -- damaged answers of all kinds
@@ -4973,6 +5095,16 @@ def test_files_of_two_transfers_are_not_put_together(server, tmp_path, which):
     assert holds(target / "out", versions[which[0]])
 
 
+def test_a_buffer_before_what_cannot_be_sought_cannot_either(server, tmp_path):
+    data = pattern(300000)
+    file = File(data, ranges=False, damages=[damage.cut(200000)])
+    url = server.ticket([server.at("/b", file)])
+    with io.BufferedWriter(gzip.open(str(tmp_path / "out"), "wb")) as output:
+        htsget.get(url, output, **QUICK)
+    with gzip.open(str(tmp_path / "out")) as written:
+        assert written.read() == data
+
+
 # -- what is moved is what was written
 
 
@@ -6478,6 +6610,12 @@ def test_data_that_nobody_compressed_on_the_way_stays_as_it_is(server, data, lab
     assert fetch(url, verify=True) == data
 
 
+def test_a_page_without_a_label_is_refused_too(server):
+    url = server.at("/b", b"<!DOCTYPE html>\n<title>Please log in</title>")
+    with pytest.raises(htsget.ProtocolError, match="web page"):
+        fetch(one_block(url))
+
+
 # -- ranges as servers understand them
 
 BEFORE, AFTER = pattern(300000, 21), pattern(300000, 22)
@@ -6667,6 +6805,51 @@ def test_a_limit_of_requests_that_one_connection_exceeds_too(server):
     ticket = cut_up(server.at("/b", limited), 30000, 10)
     assert arrives(ticket, BEFORE, retry_wait=0.05)
     assert limited.refused <= 26
+
+
+def test_what_a_crowded_server_refused_is_due_before_what_waits(server):
+    """The rest of a refused part is read although full parts wait for it."""
+    data = pattern(24 * MIB)
+    refused = []
+
+    def route(handler):
+        file, first = File(data), handler.headers["Range"]
+        if first.startswith("bytes=0-"):
+            status, headers, body = file.answer(handler.headers)
+            handler.head(status, dict(headers, **{"Content-Length": str(len(body))}))
+            for start in range(0, len(body), 65536):
+                time.sleep(0.03)
+                handler.send(body[start : start + 65536])
+        elif first.startswith("bytes=%d-" % (3 * MIB)) and not refused:
+            refused.append(None)
+            time.sleep(0.3)
+            handler.reply(503, b"", {"Retry-After": "0"})
+        else:
+            file(handler)
+
+    blocks = sliced(server, data, count=8)
+    server.at("/file", route)
+    begun = time.monotonic()
+    assert fetch(server.ticket(blocks)) == data
+    assert refused and time.monotonic() - begun < 10
+
+
+def test_a_retry_after_date_is_reckoned_by_the_clock_of_the_server(server):
+    file = File(b"abc")
+
+    def route(handler):
+        if len(server.asked("/b")) == 1:
+            late = email.utils.formatdate(time.time() + 3600, usegmt=True)
+            later = email.utils.formatdate(time.time() + 3601, usegmt=True)
+            text = "HTTP/1.1 503 Busy\r\nDate: %s\r\nRetry-After: %s\r\n"
+            text += "Content-Length: 0\r\n\r\n"
+            handler.wfile.write((text % (late, later)).encode())
+        else:
+            file(handler)
+
+    begun = time.monotonic()
+    assert fetch(server.ticket([server.at("/b", route)])) == b"abc"
+    assert time.monotonic() - begun < 5
 
 
 # -- one object, several nodes
@@ -8540,6 +8723,17 @@ def test_a_full_disk_names_the_part_file_and_the_way_on(server, tmp_path):
     assert re.search(GO_ON, line)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_nothing_is_said_to_go_on_on_a_full_standard_output(server, more):
+    url = server.ticket([server.at("/b", b"abc")])
+    with io.open("/dev/full", "wb") as full:
+        command = [sys.executable, PROGRAM, url] + more
+        done = run_program(command, stdout=full)
+    assert done.returncode == 75
+    assert b"No space left" in done.stderr and b"resume" not in done.stderr
+
+
 TOKEN_HINT = r"(^|[ (])-b\b|--bearer-token|HTS_AUTH_LOCATION"
 ID_HINT = r"check the id(?!.*(reference|region|chrZ))"
 
@@ -8565,12 +8759,13 @@ def test_the_id_is_doubted_where_nothing_else_was_asked_for(server, command_line
         ("block", 404, [], ID_HINT),
         ("ticket", 404, ["-r", "chrZ"], ID_HINT),
         ("ticket", 404, ["--region", "chrZ:1-2"], ID_HINT),
+        ("ticket", 404, ["--service-info"], ID_HINT),
     ],
 )
 def test_no_hint_is_given_where_it_is_not_true(
     server, command_line, what, status, args, hint
 ):
-    text = json.dumps({"htsget": {"error": "E", "message": "none"}}).encode()
+    text = json.dumps({"htsget": {"error": "NotFound", "message": "none"}}).encode()
     url = server.at("/refused", lambda h: h.reply(status, text))
     if what == "block":
         url = server.ticket([url])
@@ -8892,6 +9087,45 @@ def test_a_service_info_that_is_not_utf_8_is_one_line(server, command_line):
     assert status in (0, 1)
     assert len((out if status == 0 else errors).splitlines()) >= 1
     assert "Traceback" not in errors and len(errors.splitlines()) <= 1
+
+
+ODD = os.fsdecode(b"chr\xff")
+
+
+@pytest.mark.parametrize("option, name", [("-r", "referenceName"), ("--tags", "tags")])
+def test_bytes_that_are_no_text_are_sent_as_they_are(
+    server, command_line, option, name
+):
+    url = server.ticket([server.at("/b", b"abc")])
+    assert command_line(url, "-O", "-", option, ODD)[0] == 0
+    assert server.requests[0].path.endswith("?%s=chr%%FF" % name)
+
+
+def test_bytes_that_are_no_text_do_not_go_into_json(server, command_line):
+    url = server.ticket([server.at("/b", b"abc")])
+    args = ["-O", "-", "--region", ODD, "--region", "chr2"]
+    status, _, errors = command_line(url, *args)
+    assert (status, len(errors.splitlines())) == (2, 1)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--region", "chr1"], "--region"),
+        (["--bearer-token-file", "t"], "--bearer-token-file"),
+        (["-L", "-"], "-L/--regions-file"),
+        (["-s", "0"], "-s/--start"),
+    ],
+)
+def test_what_does_not_go_with_a_ticket_file_is_named_as_given(
+    command_line, tmp_path, args, named
+):
+    path = tmp_path / "ticket"
+    path.write_bytes(INLINE)
+    status, _, errors = command_line(path, "-O", "-", *args)
+    assert status == 2
+    assert named + " cannot be combined with a ticket" in errors
 
 
 # -- options
