@@ -546,7 +546,7 @@ def is_copy(path, data):
 def demo(server, url, data, name, files):
     """Fetch `data` over a connection that is cut, and go on; the exit status."""
     if os.path.lexists(name) and not is_copy(name, data):
-        print("%s is not this demo's: move it, or go elsewhere" % name, file=sys.stderr)
+        print("%s was not made by this demo: move it away" % name, file=sys.stderr)
         return 1
     text = "A server on this machine has %s, %d bytes, and cuts one connection.\n"
     print(text % (name, len(data)))
