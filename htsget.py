@@ -2530,14 +2530,14 @@ class _Part:
             own = _ask(self.block, 0, None)
             proof = self._request(own)
             if proof.status in (200, 206):
-                with contextlib.closing(proof):
-                    is_end = status in (206, 416) and self._is_end(own, proof, answer)
-                if is_end:
-                    raise reason._marked(_is_free=True)
+                proof.close()
                 answer = self._request(asked)
                 if answer.status in (200, 206) and answer.size != 0:
                     return answer
                 answer.close()
+                if answer.status == status in (206, 416):
+                    if self._is_end(own, proof, answer):
+                        raise reason._marked(_is_free=True)
                 is_same = self.block.request[2] == ticket
                 if is_same and answer.status in _RANGE_REFUSED_STATUS:
                     self.block.move_down(_OWN)

@@ -2216,6 +2216,26 @@ def test_a_refused_range_does_not_end_a_block_without_a_length(server):
     assert fetch(server.ticket(urls)) == data + b"end"
 
 
+def test_one_spurious_refusal_does_not_end_a_block_given_in_pieces(server):
+    data = pattern(100000)
+    refused = []
+
+    def route(handler):
+        wanted = re.match(r"bytes=(\d+)-(\d+)", handler.headers["Range"]).groups()
+        first, last = map(int, wanted)
+        if first == 40000 and not refused:
+            refused.append(None)
+            handler.reply(416)
+        else:
+            body = data[first : min(first + 20000, last + 1)]
+            said = "bytes %d-%d/*" % (first, first + len(body) - 1)
+            handler.reply(206, body, {"Content-Range": said})
+
+    block = one_block(server.at("/b", route), Range="bytes=0-99999")
+    assert arrives(block, data, connections=1)
+    assert refused
+
+
 def test_an_object_that_has_shrunk_is_not_mixed_with_the_old_one(server):
     new = pattern(50000, 1)
     route = chunked_once_cut(pattern(200000), lambda handler: handler.reply(200, new))
