@@ -2704,7 +2704,7 @@ def test_a_cut_block_that_became_shorter_is_an_error(server, output):
     def route(handler):
         first = int(handler.headers["Range"][6:].split("-")[0])
         shorter = data[:-1000] if first > 0 else data
-        throttle(File(shorter), 8 << 20)(handler)
+        throttle(File(shorter), 3 << 20)(handler)
 
     block = (server.at("/b", route), {"Range": "bytes=0-%d" % (len(data) - 1)})
     with pytest.raises(htsget.ProtocolError, match="changed"):
