@@ -2697,6 +2697,7 @@ def test_one_place_in_a_block_from_which_it_is_not_served(server, output):
     assert seen[-1] == len(data)
 
 
+@pytest.mark.skipif(PYPY, reason="busy with compiling, it may add no connection")
 @pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
 def test_a_cut_block_that_became_shorter_is_an_error(server, output):
     data = pattern(8 << 20)
@@ -2704,7 +2705,7 @@ def test_a_cut_block_that_became_shorter_is_an_error(server, output):
     def route(handler):
         first = int(handler.headers["Range"][6:].split("-")[0])
         shorter = data[:-1000] if first > 0 else data
-        throttle(File(shorter), 3 << 20)(handler)
+        throttle(File(shorter), 8 << 20)(handler)
 
     block = (server.at("/b", route), {"Range": "bytes=0-%d" % (len(data) - 1)})
     with pytest.raises(htsget.ProtocolError, match="changed"):
