@@ -729,12 +729,11 @@ def _query(parameters: Mapping[str, Any]) -> str:
         (name, ",".join(value) if isinstance(value, list) else value)
         for name, value in parameters.items()
     ]
-    quote = functools.partial(urllib.parse.quote, errors="surrogateescape")
+    quote = urllib.parse.quote
+    # Arguments of the command line may have bytes that are no text.
+    odd = "surrogateescape"
     try:
-        # Arguments of the command line may have bytes that are no text.
-        return "&".join(
-            "%s=%s" % (name, quote(str(value), ",*:")) for name, value in pairs
-        )
+        return urllib.parse.urlencode(pairs, safe=",*:", errors=odd, quote_via=quote)
     except UnicodeEncodeError:
         raise RequestError("an option is not text") from None
 
@@ -788,6 +787,10 @@ class Ticket(NamedTuple):
     format: Optional[str]
     blocks: List[DataBlock]
     md5: Optional[str] = None
+
+
+# Where the ticket of a transfer comes from.
+_Source = Union[_TicketRequest, Ticket]
 
 
 def _parse_ticket(raw: _Raw) -> Ticket:
@@ -908,7 +911,7 @@ def _shape(block: DataBlock) -> Tuple[Any, ...]:
     return headers.get("range"), block.data_class, hashlib.sha256(content).hexdigest()
 
 
-def _identity(source: Union[_TicketRequest, Ticket], ticket: Ticket) -> Dict[str, str]:
+def _identity(source: _Source, ticket: Ticket) -> Dict[str, str]:
     """What tells a transfer from others, without secrets: digests of what was asked for
     and of what lasts of the ticket. Without a request only the queries and headers of
     the ticket's blocks can say what was asked for."""
@@ -947,16 +950,20 @@ def _digest(value: Any) -> str:
 _NO_DATE = (TypeError, ValueError, IndexError, OverflowError)
 
 
+def _timestamp(text: str, otherwise: float) -> float:
+    """The date in a header, in seconds since the epoch; `otherwise` if malformed."""
+    with contextlib.suppress(*_NO_DATE):
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    return otherwise
+
+
 def _retry_after(value: Optional[str], now: float) -> float:
     """Seconds to wait for a Retry-After header (a number or a date) at time `now`."""
     text = (value or "").strip()
     if re.match(r"\d{1,9}\Z", text, re.A):
         seconds = float(text)
     else:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
-        except _NO_DATE:
-            return 0.0
+        seconds = _timestamp(text, now) - now
     return max(0.0, min(seconds, _LONGEST_RETRY_AFTER))
 
 
@@ -1049,7 +1056,7 @@ class _Wire(RawIOBase):
         self._raw = raw
         self._sock = sock
         self._timeout = sock.gettimeout()
-        self.deadline: Optional[float] = None
+        self._deadline: Optional[float] = None
 
     def readable(self) -> bool:
         """Yes."""
@@ -1057,8 +1064,8 @@ class _Wire(RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what one receive brings, within the deadline if there is one."""
-        if self.deadline is not None:
-            left = self.deadline - time.monotonic()
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout("timed out")
             self._sock.settimeout(left)
@@ -1066,13 +1073,13 @@ class _Wire(RawIOBase):
 
     def hurry(self) -> None:
         """Let all that comes from now on take `timeout` as a whole."""
-        if self.deadline is None and self._timeout is not None:
-            self.deadline = time.monotonic() + self._timeout
+        if self._deadline is None and self._timeout is not None:
+            self._deadline = time.monotonic() + self._timeout
 
     def relax(self) -> None:
         """Let each receive have `timeout` for itself."""
-        if self.deadline is not None:
-            self.deadline = None
+        if self._deadline is not None:
+            self._deadline = None
             with contextlib.suppress(OSError):
                 self._sock.settimeout(self._timeout)
 
@@ -1524,7 +1531,9 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         request: Any = _Request(url, headers, body, private, jar=None)
         timeout = self.options.timeout and min(self.options.timeout, _LONGEST_TIMEOUT)
         answer: Any = self._opener.open(request, timeout=timeout)
-        _log.debug("%s %s: %d", request.get_method(), _shown(answer.url), answer.status)
+        if _log.isEnabledFor(logging.DEBUG):
+            method, shown = request.get_method(), _shown(answer.url)
+            _log.debug("%s %s: %d", method, shown, answer.status)
         elsewhere = answer.login and _origin(answer.url) != _origin(url)
         if elsewhere and not private and answer.status in (400, 401, 403):
             # A signed URL does not bear a second login.
@@ -1574,9 +1583,10 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     def _take_idle(self, request: _Request) -> Optional[_Connection]:
         """The connection where a request was sent ahead, or else the last used one."""
+        route = _route(request)
         while True:
             with self._lock:
-                fitting = [one for one in self._idle if one.route == _route(request)]
+                fitting = [one for one in self._idle if one.route == route]
                 asked = [one for one in fitting if one.has_sent(request)]
                 if not fitting:
                     return None
@@ -1761,10 +1771,8 @@ def _refusal(answer: _Answer, asked: str) -> HtsgetException:
     )
     if answer.status not in _RETRIED_STATUS:
         return refused
-    now = time.time()
-    with contextlib.suppress(KeyError, *_NO_DATE):
-        # By the server's clock: this machine's may be wrong.
-        now = email.utils.parsedate_to_datetime(answer.fields["date"]).timestamp()
+    # By the server's clock: this machine's may be wrong.
+    now = _timestamp(answer.fields.get("date", ""), time.time())
     return RetryableIOError(str(refused), refused)._marked(
         _retry_after=_retry_after(answer.fields.get("retry-after"), now),
         _crowded=answer.status in _CROWDED_STATUS,
@@ -1965,10 +1973,6 @@ class _Block:
         self.is_guessed = False
         self.announced = None
         self.size = self._range_size
-
-
-# Where the ticket comes from.
-_Source = Union[_TicketRequest, Ticket]
 
 
 class _Tickets:
@@ -2535,9 +2539,9 @@ class _Part:
                 if answer.status in (200, 206) and answer.size != 0:
                     return answer
                 answer.close()
-                if answer.status == status in (206, 416):
-                    if self._is_end(own, proof, answer):
-                        raise reason._marked(_is_free=True)
+                is_twice = answer.status == status in (206, 416)
+                if is_twice and self._is_end(own, proof, answer):
+                    raise reason._marked(_is_free=True)
                 is_same = self.block.request[2] == ticket
                 if is_same and answer.status in _RANGE_REFUSED_STATUS:
                     self.block.move_down(_OWN)
@@ -2740,8 +2744,7 @@ class _Window:
         self._transfer = transfer
         self._transport = transfer.transport
         self._pace = transfer.pace
-        # Twice as many slots as connections, so that none waits for the delivery; and
-        # the bytes that a slot holds, and that a block is cut into.
+        # Bytes that a slot holds, and that a block is cut into.
         window = min(self._pace.most * _WINDOW_EACH, _WINDOW_MOST)
         self._piece = window // self._most_slots()
         # What no slot reads yet: runs in order, then the blocks from `next` on.
@@ -3700,10 +3703,11 @@ class _Verifier:
         came (`is_announced`): then the server just does not send one.
         """
         if self._head is not None:
-            if self._is_empty and self._format:
-                raise IntegrityError("the ticket has no data blocks")
             if self._is_empty:
-                _log.warning("the ticket has no data blocks")
+                text = "the ticket has no data blocks"
+                if self._format:
+                    raise IntegrityError(text)
+                _log.warning(text)
             self._begin(self._head)
         kind = self._check.kind
         if not self._check.is_ended(self._tail) and not self._is_header:
@@ -4280,17 +4284,22 @@ def _checked(options: _Options) -> _Options:
     return _Options(**dict(vars(options), timeout=timeout))
 
 
-def _source(options: _Options) -> Union[_TicketRequest, Ticket]:
+def _source(options: _Options) -> _Source:
     """Where the ticket comes from; checks the arguments."""
     ticket = options.url
     if not isinstance(ticket, Ticket):
         return _TicketRequest(options)
     given = [name for name in _REQUEST_OPTIONS if getattr(options, name) is not None]
+    _refuse_with_ticket(given)
+    _check_ticket(ticket)
+    return ticket
+
+
+def _refuse_with_ticket(given: List[str]) -> None:
+    """RequestError if there are options of the ticket request."""
     if given:
         text = "%s cannot be combined with a ticket, which says what is fetched"
         raise RequestError(text, ", ".join(given))
-    _check_ticket(ticket)
-    return ticket
 
 
 def _request_json(
@@ -4304,9 +4313,7 @@ def _request_json(
         transport.stop()
 
 
-def _save(
-    source: Union[_TicketRequest, Ticket], output: _Output, options: _Options
-) -> None:
+def _save(source: _Source, output: _Output, options: _Options) -> None:
     """Fetch everything, write it and verify it."""
     begun = time.monotonic()
     transfer = _Transfer(source, options)
@@ -4559,12 +4566,11 @@ def _hint(error: ClientError, args: argparse.Namespace) -> str:
         return _LOGIN_HINTS[asked] if status == 407 else "; the proxy refuses"
     if asked.startswith("ticket") and status in (401, 403):
         return _LOGIN_HINTS[asked]
-    narrow = (args.reference_name, args.reference_md5, args.region, args.regions_file)
-    is_about_the_id = asked.startswith("ticket") and not (
-        any(narrow) or args.service_info
-    )
-    if is_about_the_id and error.error in ("NotFound", "Not Found"):
-        return "; check the id in the URL"
+    if asked.startswith("ticket") and error.error in ("NotFound", "Not Found"):
+        # Of a server's own address, or of more than the id, it may be something else.
+        other = (args.service_info, args.reference_name, args.reference_md5)
+        is_id = not any(other + (args.region, args.regions_file))
+        return "; check the id in the URL" if is_id else ""
     if asked == "data block" and status in _EXPIRED_STATUS and not _is_url(args.url):
         return "; the URLs of the ticket may have expired: get a new ticket"
     if error.error == "UnsupportedFormat":
@@ -4582,9 +4588,7 @@ def _act(args: argparse.Namespace, meter: Optional[_Meter]) -> None:
     if not args.service_info and not _is_url(source):
         names = [*_REQUEST_OPTIONS, "region", "regions_file", "bearer_token_file"]
         given = [name for name in names if getattr(args, name, None) not in (None, [])]
-        if given:
-            text = "%s cannot be combined with a ticket, which says what is fetched"
-            raise RequestError(text, ", ".join(args.words[name] for name in given))
+        _refuse_with_ticket([args.words[name] for name in given])
         source = _ticket(source)
     options = _options(args)
     output = None if args.service_info or args.dry_run else _output(args)

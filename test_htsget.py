@@ -614,6 +614,10 @@ import htsget  # noqa: E402
 
 PROGRAM = os.path.abspath(htsget.__file__)
 
+adds_connections = pytest.mark.skipif(
+    PYPY, reason="busy with compiling, it may add no connection"
+)
+
 # Seconds after which a test fails instead of hanging.
 PATIENCE = 30
 
@@ -1192,6 +1196,18 @@ def test_a_connection_that_died_while_idle_costs_no_retry(server):
     assert fetch(server.ticket(blocks), max_retries=0) == b"abc" * 5
 
 
+class SlowOutput(Unseekable):
+    """An output whose writes take this many seconds."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def write(self, data):
+        time.sleep(self.seconds)
+        return super().write(data)
+
+
 @pytest.mark.parametrize("pause", [0, 0.05])
 def test_what_comes_on_an_idle_connection_belongs_to_no_block(server, pause):
     more = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nxyz"
@@ -1203,12 +1219,7 @@ def test_what_comes_on_an_idle_connection_belongs_to_no_block(server, pause):
             time.sleep(pause)
             handler.wfile.write(more)
 
-    class Output(Unseekable):
-        def write(self, data):
-            time.sleep(4 * pause)
-            return super().write(data)
-
-    output = Output()
+    output = SlowOutput(4 * pause)
     blocks = [server.at("/1", twice), server.at("/2", twice)]
     options = dict(QUICK, max_retries=0, connections=1)
     htsget.get(server.ticket(blocks), output, **options)
@@ -1251,7 +1262,8 @@ def test_a_block_that_cannot_say_what_it_sends_is_not_asked_for_ahead(server):
 
 def test_a_slice_with_status_200_is_not_asked_for_ahead(server):
     data = pattern(2000)
-    url = server.at("/file", lambda h: h.reply(200, sliced_by(h, data)))
+    file = File(data)
+    url = server.at("/file", lambda h: h.reply(200, file.answer(h.headers)[2]))
     blocks = [(url, {"Range": "bytes=%d-%d" % (n, n + 999)}) for n in (0, 1000)]
     output = Watching(server)
     htsget.get(server.ticket(blocks), output, connections=1)
@@ -1267,20 +1279,10 @@ def test_a_stray_line_after_an_answer_costs_no_retry(server):
         time.sleep(0.01)
         handler.wfile.write(b"\r\n")
 
-    class Slow(io.BytesIO):
-        def write(self, data):
-            time.sleep(0.05)
-            return super().write(data)
-
-    blocks = sliced(server, data, count=6)
+    blocks, output = sliced(server, data, count=6), SlowOutput(0.05)
     server.at("/file", route)
-    assert arrives(server.ticket(blocks), data, output=Slow, max_retries=0)
-
-
-def sliced_by(handler, data):
-    """What a request's Range asks for."""
-    first, last = re.match(r"bytes=(\d+)-(\d+)", handler.headers["Range"]).groups()
-    return data[int(first) : int(last) + 1]
+    htsget.get(server.ticket(blocks), output, **dict(QUICK, max_retries=0))
+    assert output.data == data
 
 
 def test_an_answer_that_was_asked_for_ahead_and_lost_costs_no_retry(server):
@@ -2206,13 +2208,8 @@ def chunked_once_cut(data, own):
 
 def test_a_refused_range_does_not_end_a_block_without_a_length(server):
     data = pattern(200000)
-
-    def whole(handler):
-        handler.head(200, {"Transfer-Encoding": "chunked"})
-        handler.send_chunked(data)
-        handler.wfile.write(b"0\r\n\r\n")
-
-    urls = [server.at("/b", chunked_once_cut(data, whole)), server.at("/e", b"end")]
+    route = chunked_once_cut(data, File(data, framing="chunked"))
+    urls = [server.at("/b", route), server.at("/e", b"end")]
     assert fetch(server.ticket(urls)) == data + b"end"
 
 
@@ -2262,7 +2259,7 @@ def test_the_size_of_an_object_is_forgotten_when_it_changes(server):
     server.delay = 0.1
     ranges = ["bytes=0-%d" % (half - 1), "bytes=%d-" % half]
 
-    class Slow(io.BytesIO):
+    class Patient(io.BytesIO):
         def write(self, data):
             while len(begun) < 2 and self.waited < 100:
                 self.waited += 1
@@ -2273,7 +2270,7 @@ def test_the_size_of_an_object_is_forgotten_when_it_changes(server):
 
     blocks = [(url, {"Range": wanted}) for wanted in ranges]
     # Two connections: the second block is read while the first one is delivered.
-    assert arrives(server.ticket(blocks), new, output=Slow, connections=2)
+    assert arrives(server.ticket(blocks), new, output=Patient, connections=2)
 
 
 def test_a_transfer_that_stands_at_a_block_without_a_length_goes_on(server, tmp_path):
@@ -2521,7 +2518,7 @@ class Busy(Unseekable):
         return super().write(data)
 
 
-@pytest.mark.skipif(PYPY, reason="busy with compiling, it may add no connection")
+@adds_connections
 def test_one_connection_is_used_again_when_the_transfer_itself_is_busy(server):
     data = pattern(300 * 1000)
     server.delay = 0.03
@@ -2698,7 +2695,7 @@ def test_one_place_in_a_block_from_which_it_is_not_served(server, output):
     assert seen[-1] == len(data)
 
 
-@pytest.mark.skipif(PYPY, reason="busy with compiling, it may add no connection")
+@adds_connections
 @pytest.mark.parametrize("output", [io.BytesIO, Unseekable])
 def test_a_cut_block_that_became_shorter_is_an_error(server, output):
     data = pattern(8 << 20)
