@@ -3,23 +3,22 @@
 # Copyright (c) 2026 The htsget.py developers
 """Fetch slices of BAM, CRAM, VCF and BCF files over the GA4GH htsget protocol.
 
-An htsget server answers a request with a ticket: a JSON list of data blocks, each a
-URL (a byte range of a file, or a ``data:`` URI) with the headers it needs. The data
-is the concatenation of the blocks. This module requests the ticket, fetches the
-blocks and joins them. It is one file, needs only the standard library, and runs on
-CPython 3.6 and later and on PyPy.
-
-Library use:
+An htsget server responds to a request with a ticket: a JSON list of data blocks, each a
+URL (a byte range of a file, or a ``data:`` URI) with the headers it needs. The data is
+the concatenation of the blocks. This module requests the ticket, fetches the blocks and
+joins them. It is one file without dependencies, for CPython 3.6 and later and PyPy. To
+vendor it, copy it, for example to ``yourpkg/_vendor/htsget.py``.
 
     import htsget
 
-    # To a path: "NA12878.bam" appears when, and only when, it is complete.
-    htsget.get("https://example.org/reads/NA12878", "NA12878.bam",
-               reference_name="chr1", start=0, end=100000, data_format="BAM")
+    url = "https://example.org/reads/NA12878"
+
+    # To a path: the file appears when, and only when, it is complete.
+    htsget.get(url, "NA12878.bam", reference_name="chr1", start=0, end=100000)
 
     # To any binary file object.
     with open("NA12878.bam", "wb") as output:
-        htsget.get("https://example.org/reads/NA12878", output)
+        htsget.get(url, output, data_format="BAM")
 
     # As a stream that is read while the data arrives.
     with gzip.open(htsget.open("https://example.org/variants/x"), "rt") as vcf:
@@ -27,28 +26,37 @@ Library use:
             ...
 
     # The ticket alone, and what the server says about itself.
-    ticket = htsget.get_ticket("https://example.org/reads/NA12878")
+    ticket = htsget.get_ticket(url)
     info = htsget.service_info("https://example.org/reads")
 
 Command line:
 
-    python -m htsget https://example.org/reads/NA12878 -O NA12878.bam
+    python3 htsget.py https://example.org/reads/NA12878 -O NA12878.bam
     python3 htsget.py --help
 
-When ``get`` returns, the output is exactly the concatenation of the ticket's data
-blocks. Whatever goes wrong on the way from the servers is an `HtsgetException`;
-errors of the output (disk full, broken pipe) propagate as plain `OSError`.
+What ``get`` promises. Never wrong bytes: when it returns, the output is exactly the
+concatenation of the ticket's data blocks, counted and verified. Never start over: after
+a failure, reading resumes at the byte where it stopped; so does a later run with the
+same path, from the part file and its journal. Never wait needlessly: latency is
+overlapped, memory is bounded, and what cannot succeed fails with a message that helps.
+
+Errors are `HtsgetException` and its subclasses, except those of the output (disk full,
+broken pipe), which are the `OSError` that the system raised. Messages go to the logger
+``htsget``.
 """
 
 import argparse
 import base64
+import binascii
 import collections
 import contextlib
+import datetime
 import email.utils
 import errno
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -62,6 +70,7 @@ import ssl
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -69,7 +78,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from io import BufferedReader, BytesIO, FileIO, IOBase, RawIOBase, TextIOBase
+from io import BufferedReader, FileIO, RawIOBase, TextIOBase
 from io import open as _open
 from typing import (
     TYPE_CHECKING,
@@ -91,159 +100,131 @@ from typing import (
     Union,
 )
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 # Without `open`: a star import must not replace the built-in.
-__all__ = [
-    "ClientError",
-    "ContentLengthMismatch",
-    "DataBlock",
-    "HtsgetException",
-    "IntegrityError",
-    "ProtocolError",
-    "Region",
-    "RequestError",
-    "RetryableError",
-    "RetryableIOError",
-    "Ticket",
-    "get",
-    "get_ticket",
-    "main",
-    "parse_region",
-    "service_info",
-]
+__all__ = ["get", "get_ticket", "main", "parse_region", "service_info"]
+__all__ += ["DataBlock", "Region", "Ticket"]
+__all__ += ["HtsgetException", "RequestError", "ProtocolError", "IntegrityError"]
+__all__ += ["ClientError", "RetryableError", "RetryableIOError"]
+__all__ += ["ContentLengthMismatch"]
 
 _log = logging.getLogger(__name__ if __name__ != "__main__" else "htsget")
 
 
 # ---- constants
 
-# The media type of the protocol version spoken here (spec: "Protocol versioning").
-# Servers that know only an older one must not answer 406.
+# The media type of protocol version 1.3 (spec: "Protocol versioning"). The EGA
+# responds with 406 if nothing else is acceptable.
 _ACCEPT = "application/vnd.ga4gh.htsget.v1.3.0+json, */*;q=0.8"
-
-# Bytes requested from a socket at once: file systems take large writes with less work
-# for each byte. Larger ones yet are no faster.
-_CHUNK = 1 << 19
-
-# The same for what begins with a head: a small block comes along with it.
-_FIRST_READ = 1 << 16
-
-# Per-chunk overhead of buffering, in bytes.
-_CHUNK_COST = 250
-
-# A ticket with inline data may be large; endless JSON must not fill the memory.
-_TICKET_LIMIT = 64 << 20
-
-# Bytes of an error body that are read, and characters of it that are shown.
-_ERROR_LIMIT = 1 << 16
-_ERROR_SHOWN = 300
-
-# TLS delivers bulk data in full records; join up to this many per chunk.
-_TLS_RECORD = 1 << 14
-_TLS_RECORDS = 8
-
-# How often an answer of another version of an object is asked for again at once:
-# behind a balancer the next replica may be the one that served the first part.
-_REPLICA_TRIES = 12
-
-# Mirrors set the same file's date a little apart, in seconds.
-_DATE_TOLERANCE = 5
-
-# Buffer for parts read ahead, per connection and in all, in bytes.
-_WINDOW_EACH = 4 << 20
-_WINDOW_MOST = 32 << 20
-
-# The most parts under way at once: a piece of the window is then worth a request.
-_PARTS_MOST = 128
-
-# CPU sampling interval in seconds; the share of one core below which the transfer
-# mostly waits, so that more connections pay, and above which they do not; and the
-# number of samples in a row that must agree before going back to one connection.
-_SAMPLE = 0.025
-_IDLE = 0.25
-_BUSY = 0.9
-_BUSY_SAMPLES = 10
-
-# Seconds without data after which idle connections are closed, and full parts give up
-# theirs, in case the server handles only so many connections at a time.
-_STARVED = 0.5
-_LET_GO = 3.0
-
-# Seconds to keep to fewer connections after a server has refused one of several.
-_CROWDED = 30.0
-
+# The SAM fields of the spec's `fields` parameter.
+_FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
+# The environment variable with which htslib's users allow tokens over plain http.
+_ALLOW_PLAIN = ("HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER", "I understand the risks")
+# Query parameters that sign a URL. The short names of Azure and CloudFront are ordinary
+# parameters unless there is a signature, too.
+_SIGNATURE = re.compile(r"(?i)x-(amz|goog|oss)-|(access_)?token\Z")
+_SIGNED = re.compile(
+    _SIGNATURE.pattern + r"|(awsaccesskeyid|googleaccessid|sig|signature|expires|policy"
+    r"|key-pair-id|s[eprtv]|spr|sk[estv]|skoid|sktid)\Z"
+)
+# New bytes that count as progress and reset the count of retries.
+_PROGRESS = 1 << 16
+# Seconds: the longest wait between two retries, unless `retry_wait` is longer; the
+# longest wait that a server can impose with Retry-After; the longest timeout (poll()
+# takes it as milliseconds in a C int).
+_LONGEST_WAIT = 60.0
+_LONGEST_RETRY_AFTER = 3600.0
+_LONGEST_TIMEOUT = 2e6
 # Progress meter: seconds between updates on a terminal and elsewhere; seconds over
 # which the rate is averaged.
 _METER_TERMINAL = 0.2
 _METER_LOG = 30.0
 _METER_SPAN = 5.0
+# A disk or quota without room: a rerun resumes once there is some.
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
-# Checkpoints of the journal are this many bytes or seconds apart, whichever is less,
-# but at least this fraction of the file: the journal of 1 TB stays near 1 MB.
-_CHECKPOINT_BYTES = 1 << 20
-_CHECKPOINT_SECONDS = 1.0
-_CHECKPOINT_SHIFT = 10
 
-# How much of the part file the system is asked to write to the disk at once.
-_SETTLED_BYTES = 1 << 23
-
-# New bytes that count as progress, so that the count of retries begins anew.
-_PROGRESS = 1 << 16
-
-# The longest wait between two retries in seconds, unless `retry_wait` is longer; the
-# longest that a server can impose with Retry-After.
-_LONGEST_WAIT = 60.0
-_LONGEST_RETRY_AFTER = 3600.0
-
-# The longest timeout in seconds: what poll() takes, in milliseconds.
-_LONGEST_TIMEOUT = 2e6
-
+# Bytes read from a socket at once: larger buffers are allocated by mmap, with page
+# faults for each read.
+_CHUNK = 1 << 18
+# TLS delivers bulk data in records of this size.
+_TLS_RECORD = 1 << 14
+# Buffer for a response's header section: a small body often arrives with it.
+_FIRST_READ = 1 << 16
+# Bytes of an error body that are read.
+_ERROR_LIMIT = 1 << 16
+# A ticket with inline data may be large; endless JSON must not fill the memory.
+_TICKET_LIMIT = 64 << 20
 # Statuses that a later attempt may overcome; 520 to 529 are those of CDNs.
 _RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
 
+
+# How often a request is repeated after a response of another object: the next replica
+# behind a load balancer may hold the right one.
+_REPLICA_ATTEMPTS = 10
+# Bytes of a block that may be read again to find out how its server wants to be asked.
+_REREAD_LIMIT = 64 << 20
+# Statuses of URLs that may have expired, or of Ranges that may not be changed.
+_REFUSED_STATUS = (400, 401, 403, 404, 410, 416)
 # Statuses of a server that limits connections or requests.
 _CROWDED_STATUS = (429, 503)
-
-# Statuses of an expired URL, when the ticket was good before.
-_EXPIRED_STATUS = (400, 401, 403, 404, 410)
-
-# Statuses of servers that refuse any Range but the ticket's; an empty 206, too.
-_RANGE_REFUSED_STATUS = (206, 400, 403, 416)
-
-# The SAM fields of the spec's `fields` parameter.
-_FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
-
-# The environment variable with which htslib's users allow tokens over plain http.
-_ALLOW_PLAIN = ("HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER", "I understand the risks")
-
-# Where CA certificates come from; OpenSSL itself reads the first two.
-_CA_VARIABLES = "SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE".split()
-
+# How often in a row one part may renew the ticket: for the ticket's own request, since
+# URLs may expire again before they are used, and for a changed Range.
+_RENEWALS_OWN, _RENEWALS_CHANGED = 3, 1
 # Headers of a ticket that would interfere with the framing of messages.
 _FRAMING_HEADERS = set(
     "accept-encoding connection content-length expect keep-alive te transfer-encoding"
     " upgrade".split()
 )
+# The window: bytes per connection and in all; the size of the first cut and of the
+# smallest one, which is worth a request.
+_WINDOW_EACH = 8 << 20
+_WINDOW_MOST = 64 << 20
+_FIRST_CUT = 1 << 20
+_SMALLEST_CUT = 1 << 18
+# Waiting is shorter than this (seconds) by chance, and longer only with a slow server.
+_NOTICEABLE = 0.1
+# Seconds without a response to the part that is due, after which the connections that
+# other parts hold are suspected to keep the server from it.
+_STARVED = 3.0
+# Seconds between looks at whether the due part is starved, or the transfer stopped.
+_POLL = 0.25
+# Memory that a chunk takes besides its data, in bytes.
+_CHUNK_OVERHEAD = 250
 
-# Query parameters of signed URLs: they change when a URL is signed anew.
-_SIGNATURE = re.compile(
-    r"(x-amz-|x-goog-|x-oss-)|(awsaccesskeyid|googleaccessid|signature|expires|policy"
-    r"|key-pair-id|token|access_token|sig|se|sp|sv|sr|st|spr|ske|sks|skt|skv|skoid"
-    r"|sktid|md5)\Z",
-    re.I,
-)
 
-# Headers of a ticket that differ when it is requested again.
-_SECRET = re.compile(r"(authorization|cookie|date)\Z", re.I)
-
-# File systems without fsync answer with these.
+# The journal's checkpoints are so many bytes (1 MiB, less a chunk) or seconds apart,
+# whichever is less, but at least 1/1024 of the file: for 1 TB the journal has 1.5 MB.
+_CHECKPOINT_BYTES = 3 << 18
+_CHECKPOINT_SECONDS = 1.0
+_CHECKPOINT_SHIFT = 10
+# The version of the journal's form: another one is not read.
+_JOURNAL_VERSION = 3
+# Names of streams that are open: they are written, never replaced.
+_OWN_STREAM = re.compile(r"/(?:dev|proc/self)/(?:fd/)?(\d+|stdout|stderr)\Z")
+# File systems without fsync report these.
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# Most file systems allow file names of this many bytes.
+_LONGEST_NAME = 255
+# What data of a format begins with, once decompressed.
+_MAGIC = {"BAM": b"BAM\1", "BCF": b"BCF\2", "CRAM": b"CRAM", "VCF": b"##"}
+# What the first BGZF block of a new file begins with, once decompressed.
+_BGZF_BEGINNINGS = (b"BAM\1", b"BCF\2", b"##fileformat")
+# Bytes that tell a file's format, and data from an error document: enough for deflate's
+# first symbols.
+_BEGINNING = 1 << 10
+# A BGZF block's header (SAM spec 4.1): magic, 6 bytes, XLEN 6 and subfield BC of length
+# 2, BSIZE. The empty block that ends BAM, BCF and compressed VCF files (4.1.2).
+_BGZF_HEADER = struct.Struct("<4s6x6sH")
+_BGZF_MAGIC = b"\x1f\x8b\x08\x04"
+_BGZF_USUAL = b"\6\0BC\2\0"
+_BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+# The end of the EOF container of CRAM 3 (CRAM spec 9). The bits before vary by writer.
+_CRAM_EOF = bytes.fromhex("e0454f4600000000010005bdd94f0001000606010001000100ee63014b")
 
-# A disk without room: a rerun resumes once there is some.
-_DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
-# ---- version and platform shims, in this one place
+# ---- version and platform shims
 
 # Windows has no file locks of this kind.
 fcntl: Any
@@ -254,9 +235,6 @@ except ImportError:
 
 # Python 3.6 has no time.thread_time; goes with it.
 _thread_time: Callable[[], float] = getattr(time, "thread_time", time.process_time)
-if not hasattr(time, "thread_time") and hasattr(time, "clock_gettime"):
-    _thread_time = functools.partial(time.clock_gettime, time.CLOCK_THREAD_CPUTIME_ID)
-
 
 if TYPE_CHECKING:
     # From Python 3.8; only for type checkers.
@@ -264,22 +242,12 @@ if TYPE_CHECKING:
 
     class _Writable(Protocol):
         def write(self, __data: bytes) -> Any:
-            """What an output has to have."""
-
-
-def _is_readable(sock: socket.socket) -> bool:
-    """Whether something has come unasked; Windows and eventlet have no poll()."""
-    if not hasattr(select, "poll"):
-        return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+            """What an output must have."""
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Start threads that leave signals to the main thread: in another one a signal
-    does not end what the main thread waits for. Windows has no masks."""
+    """Start threads that leave signals to the main thread (not on Windows)."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -291,25 +259,8 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _require_tls_1_2(context: ssl.SSLContext) -> None:
-    """From Python 3.10 on this is the default; goes with 3.9."""
-    if sys.version_info < (3, 10):
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-
-
-def _notice_cut_tls(context: ssl.SSLContext) -> ssl.SSLContext:
-    """Python 3.8 and 3.9 have OpenSSL 3 take a cut connection for a proper end
-    (SSL_OP_IGNORE_UNEXPECTED_EOF); goes with 3.9."""
-    if sys.version_info < (3, 10):
-        context.options &= ~0x80
-    return context
-
-
 def _new_md5() -> Any:
-    """An MD5 object, or None where the system forbids MD5 (FIPS).
-
-    Before Python 3.9 there is no `usedforsecurity`.
-    """
+    """An MD5 object, or None where FIPS forbids it. The `if` goes with Python 3.8."""
     try:
         if sys.version_info >= (3, 9):
             return hashlib.md5(usedforsecurity=False)
@@ -319,34 +270,45 @@ def _new_md5() -> Any:
         return None
 
 
+def _require_tls_1_2(context: ssl.SSLContext) -> None:
+    """The default from Python 3.10 on; goes with 3.9."""
+    if sys.version_info < (3, 10):
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+
+
+def _notice_cut_tls(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Some versions, also of distributions, set SSL_OP_IGNORE_UNEXPECTED_EOF (0x80):
+    OpenSSL 3 then takes a cut connection for a clean end."""
+    context.options &= ~0x80
+    return context
+
+
 # ---- exceptions
+#
+# Split by who broke the contract: the caller, the server, or the network. What a retry
+# needs to know is set by the constructor. Errors of the output are not here: they
+# propagate as the OSError they are.
 
 
 class HtsgetException(Exception):
     """Base class of the errors of a transfer."""
 
-    # Whether the same request may succeed when it is made again soon.
+    # Whether the same request may succeed when it is repeated soon, and the seconds to
+    # wait before that, as the server asked.
     _transient = False
-    # Seconds to wait before that, as the server asked.
     _retry_after = 0.0
-    # Whether the server, or this system, has too many connections open.
-    _crowded = False
-    # Whether asking again, perhaps in another way, does not count as a retry.
-    _is_free = False
-    # Whether the object behind a block's URL is another one than before.
-    _is_changed = False
 
-    def __init__(self, text: str = "", *values: Any) -> None:
+    def __init__(
+        self,
+        text: str = "",
+        *values: Any,
+        transient: Optional[bool] = None,
+        retry_after: float = 0.0,
+    ) -> None:
         super().__init__(text % values if values else text)
-
-    def _marked(self: "_E", **marks: Any) -> "_E":
-        """The same error with other marks than its class has."""
-        for name, value in marks.items():
-            setattr(self, name, value)
-        return self
-
-
-_E = TypeVar("_E", bound=HtsgetException)
+        if transient is not None:
+            self._transient = transient
+        self._retry_after = retry_after
 
 
 class RequestError(HtsgetException, ValueError):
@@ -354,22 +316,19 @@ class RequestError(HtsgetException, ValueError):
 
 
 class ProtocolError(HtsgetException):
-    """The server's ticket or answer breaks the protocol."""
+    """The server's ticket or response breaks the protocol."""
 
 
 class IntegrityError(ProtocolError):
-    """The bytes are complete but wrong: MD5, format, BGZF chain or end marker."""
-
-    # Bytes from the beginning of the data that are certainly good.
-    _sound = 0
+    """The bytes are complete but wrong: MD5, format, BGZF chain or EOF marker."""
 
 
 class ClientError(HtsgetException):
-    """The server refused the request.
+    """The server refused the request (spec: "Errors").
 
-    `status` is the HTTP status (int), `error` the error type (spec: "Errors") or the
-    HTTP reason, `message` the server's explanation, `body` the beginning of the
-    answer's body (str).
+    `status` (int) is the HTTP status; `error` (str) the error type of the specification
+    or the HTTP reason; `message` (str) the server's explanation; `url` (str) has no
+    query; `body` (str) is the beginning of the response's body.
     """
 
     def __init__(
@@ -379,24 +338,22 @@ class ClientError(HtsgetException):
         message: str = "",
         url: str = "",
         body: str = "",
-        asked: str = "",
+        place: str = "",
     ) -> None:
-        # Not the body: it may hold what must not be shown.
+        # `args` leaves out the body: it is printed with the exception's repr.
         Exception.__init__(self, status, error, message, url)
         self.status, self.error, self.message = status, error, message
         self.url, self.body = url, body
-        # What was asked for: "ticket", "ticket with login", "data block" or "proxy".
-        self._asked = asked
+        # "ticket", "data block" or "proxy", perhaps "… with login".
+        self._place = place
 
     @property
     def exception_str(self) -> str:
-        """Status and error, as the htsget package on PyPI has it."""
+        """Status and error, as in the htsget package on PyPI."""
         return "HTTP %d %s" % (self.status, self.error)
 
     def __str__(self) -> str:
-        text = self.exception_str
-        if self.message:
-            text += ": " + self.message
+        text = self.exception_str + (": " + self.message if self.message else "")
         return text + (" (%s)" % self.url if self.url else "")
 
 
@@ -407,140 +364,269 @@ class RetryableError(HtsgetException):
 
 
 class ExceptionWrapper(HtsgetException):
-    """An error with another one as its cause, `source`."""
+    """An error that has another exception, `source`, as its cause."""
 
-    def __init__(self, text: str, source: Optional[BaseException] = None) -> None:
-        super().__init__(text)
+    def __init__(
+        self,
+        text: str,
+        source: Optional[BaseException] = None,
+        retry_after: float = 0.0,
+    ) -> None:
+        super().__init__(text, retry_after=retry_after)
         self.source = self.__cause__ = source
 
 
 class RetryableIOError(RetryableError, ExceptionWrapper):
-    """A connection error, a timeout or a 5xx answer; the cause is chained."""
+    """A connection error, a timeout or a 5xx response; `source` is the cause."""
 
 
 class ContentLengthMismatch(RetryableError):
-    """An answer ended early."""
+    """The response ended early."""
 
 
-# Names of the htsget package on PyPI (0.2.6) that its callers may catch.
+# Names that callers of the htsget package on PyPI (0.2.6) may catch.
 InvalidJsonError = InvalidLeadingJsonError = TicketDecodeError = ProtocolError
 MalformedJsonError = EmptyTicketError = ProtocolError
 
 
 class _Stopped(Exception):
-    """The transfer, or this window on it, has ended: whatever comes now is void."""
-
-
-class _Restart(Exception):
-    """A reader cannot go on; the delivery decides where to begin again."""
-
-    def __init__(self, block: int, error: HtsgetException) -> None:
-        super().__init__(block, error)
-        self.block, self.error = block, error
+    """The transfer was stopped: whatever sockets report afterwards means nothing."""
 
 
 # ---- the ticket request
 #
-# What is asked of the ticket server, checked before anything is sent. Pure: no network.
-# A RequestError names the options as the caller of `get` does.
+# What is requested from the ticket server, checked before anything is sent: a URL with
+# a query string, or a JSON body. Pure, no network. Owns the table of options, which is
+# also the help of the command line and part of the message when an option is wrong.
+# Messages use the names of `get`; the command line replaces them. Promises 1 and 3.
 
 _Options = types.SimpleNamespace
 
-# For each parameter that is a text: its option, how it is sent, and what it has to be,
-# in words and as a pattern.
-_TEXTS: Dict[str, Tuple[str, Callable[[str], str], str, str]] = {
-    "format": ("data_format", str.upper, "a string, or is empty", "(?s).+"),
-    "class": ("data_class", str, "'header'", "header"),
-    "referenceName": ("reference_name", str, "a string, or is empty", "(?s).+"),
-    "referenceMD5": ("reference_md5", str.lower, "32 hex digits", "[0-9a-f]{32}"),
+# Groups of options, as --help shows them. Of an option: the name that `get` and `main`
+# know it by; its flags and value on the command line ("-": a switch); what it is, or
+# has to be.
+_OPTION_TABLE = {
+    "request": """
+data_format        -f/--format          FORMAT   BAM, CRAM, VCF or BCF
+reference_name     -r/--reference-name  NAME     such as chr1; * for unplaced reads
+reference_md5      -m/--reference-md5   MD5      MD5 of the reference, 32 hex digits
+start              -s/--start           N        first position, 0-based, below 2**32
+end                -e/--end             N        position after the last, 0-based
+regions            --region             REGION   such as chr1:1,000-2,000; repeatable
+regions_file       -L/--regions-file    BED      BED file; - for standard input
+fields             --fields             LIST     comma-separated, of {fields}
+tags               --tags               LIST     to include, comma-separated; may be ''
+notags             --notags             LIST     to leave out, comma-separated
+data_class         --class              CLASS    'header' for the header only
+bearer_token       -b/--bearer-token    TOKEN    token for the ticket server
+bearer_token_file  --bearer-token-file  PATH     file with the token
+headers            -H/--headers         HEADER   'Name: value', repeatable; or JSON
+""",
+    "transfer": """
+max_retries        -M/--max-retries     N        in a row (default: 5); -1: no limit
+retry_wait         -W/--retry-wait      SECONDS  before the first retry (default: 5)
+timeout            -T/--timeout         SECONDS  over 0, to wait for data (default: 120)
+connections        -c/--connections     N        from 1, the most at a time (default: 4)
+cacert             --cacert             PATH     file or folder of more CA certificates
+verify             --no-verify          -        do not check MD5, format, end of data
+resume             --no-resume          -        start over, whatever is in PATH.part
+""",
+    "output": """
+output             -O/-o/--output       PATH     file to write (default, and -: stdout)
+service_info       --service-info       -        print what the server says about itself
+dry_run            --dry-run            -        print what the ticket says
+show_progress      --progress           -        show progress even without a terminal
+show_progress      --no-progress        -        show no progress
+quiet              -q/--quiet           -        show errors only
+verbose            -v/--verbose         -        show more; -vv: every request
+""",
 }
 
-# What a URL or a host cannot hold.
-_NOT_IN_URLS = "[^\x21-\x7e]"
+
+_Option = collections.namedtuple("_Option", "group name flags value help")
+_OPTIONS = [
+    _Option(group, *row.format(fields=" ".join(_FIELDS)).split(None, 3))
+    for group, rows in _OPTION_TABLE.items()
+    for row in rows.strip().splitlines()
+]
 
 
 class Region(NamedTuple):
-    """A part of a reference: its name, and 0-based half-open `start` and `end`."""
+    """A part of a reference.
+
+    `reference_name` is a str; `start` and `end` are 0-based, half-open positions (int),
+    None for the reference's own beginning or end.
+    """
 
     reference_name: str
     start: Optional[int] = None
     end: Optional[int] = None
 
 
+def _string(value: Any, pattern: str = "(?s).+") -> str:
+    value = value.encode("utf-8", "surrogateescape").decode("utf-8")
+    if not re.fullmatch(pattern, value):
+        raise ValueError
+    return str(value)
+
+
+def _number(value: Any, least: float, most: float = float("inf")) -> float:
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError
+    return number
+
+
+def _position(value: Any) -> int:
+    position = _number(value, 0, (1 << 32) - 1)
+    if not position.is_integer():
+        raise ValueError
+    return int(position)
+
+
+def _names(value: Any) -> List[str]:
+    names = value.split(",") if isinstance(value, str) else value
+    return [_string(name) for name in map(str.strip, names) if name]
+
+
+def _sam_fields(value: Any) -> List[str]:
+    names = [name.upper() for name in _names(value)]
+    if not names or not set(names) <= set(_FIELDS):
+        raise ValueError
+    return names
+
+
+def _regions(regions: Any) -> List[Dict[str, Any]]:
+    given = list(regions)
+    if not given or any(isinstance(region, str) for region in given):
+        raise ValueError
+    return [_region(*region) for region in given]
+
+
+def _region(name: Any, start: Any = None, end: Any = None) -> Dict[str, Any]:
+    pairs = (("start", start), ("end", end))
+    interval = {key: _position(value) for key, value in pairs if value is not None}
+    return dict(interval, referenceName=_string(name))
+
+
+def _timeout(value: Any) -> Optional[float]:
+    """Seconds; of a tuple (to connect, to read), as requests has it, the larger."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return None if None in values else _number(max(values), sys.float_info.min)
+
+
+# For each option with a value to check: the parameter of the protocol (spec: "Request
+# parameters"), in the order in which they are sent, and what checks and converts it.
+_CHECKS: Dict[str, Tuple[str, Callable[[Any], Any]]] = {
+    "data_format": ("format", lambda value: _string(value).upper()),
+    "data_class": ("class", lambda value: _string(value, "header")),
+    "reference_name": ("referenceName", _string),
+    "reference_md5": ("referenceMD5", lambda v: _string(v.lower(), "[0-9a-f]{32}")),
+    "start": ("start", _position),
+    "end": ("end", _position),
+    "fields": ("fields", _sam_fields),
+    "tags": ("tags", _names),
+    # To leave nothing out is the server's default.
+    "notags": ("notags", lambda value: _names(value) or None),
+    "regions": ("regions", _regions),
+    "max_retries": ("", lambda value: _number(value, float("-inf"))),
+    "retry_wait": ("", lambda value: _number(value, 0)),
+    "timeout": ("", _timeout),
+    "connections": ("", lambda value: int(_number(value, 1))),
+}
+
+
+def _checked(arguments: Mapping[str, Any]) -> _Options:
+    checked = dict(arguments)
+    helps = {option.name: option.help for option in _OPTIONS}
+    for name, (parameter, convert) in _CHECKS.items():
+        if checked[name] is not None or not parameter:
+            try:
+                checked[name] = convert(checked[name])
+            except (AttributeError, TypeError, ValueError, OverflowError):
+                words = name, helps[name]
+                raise RequestError("%s is not valid (%s)", *words) from None
+    return _Options(**checked)
+
+
+def _parameters(options: _Options) -> Dict[str, Any]:
+    known = [(pair[0], getattr(options, name)) for name, pair in _CHECKS.items()]
+    given = {name: value for name, value in known if name and value is not None}
+    if "class" in given and "format" not in given:
+        raise RequestError("data_class requires data_format")
+    if "regions" in given and {"referenceName", "start", "end"} & set(given):
+        raise RequestError("regions excludes reference_name, start and end")
+    for region in given.get("regions", [given]):
+        reference = region.get("referenceName", options.reference_md5)
+        if reference in (None, "*") and {"start", "end"} & set(region):
+            raise RequestError("start and end require a reference_name other than '*'")
+        if region.get("start", 0) > region.get("end", 1 << 32):
+            raise RequestError("start is greater than end")
+    both = set(given.get("tags", ())) & set(given.get("notags", ()))
+    if both:
+        raise RequestError("tags and notags overlap: %s", ", ".join(sorted(both)))
+    return given
+
+
 class _TicketRequest:
     """A URL, headers and, for a POST, a body."""
 
     def __init__(self, options: _Options) -> None:
-        """Check the options; RequestError before anything is sent."""
-        self.url, self._headers = _without_userinfo(_checked_url(options.url))
+        parameters = _parameters(options)
+        is_post = "regions" in parameters
+        url, login = _without_userinfo(_checked_url(options.url))
+        self.url = _with_query(url, parameters, {} if is_post else parameters)
         self.body: Optional[bytes] = None
-        self._token = options.bearer_token
+        self._headers = dict(login, Accept=_ACCEPT)
+        if is_post:
+            self.body = json.dumps(parameters).encode("ascii")
+            self._headers["Content-Type"] = "application/json"
         for name, value in dict(options.headers or {}).items():
             if value is not None:
-                _require_header("headers", name, value)
+                problem = _header_problem(name, value)
+                if problem:
+                    raise RequestError("headers: %s", problem)
+                # Names differ by case only.
                 self._headers[name.title()] = value
-        if self._token is not None and "Authorization" in self._headers:
+        self.user_agent = self._headers.get("User-Agent")
+        self._token = options.bearer_token
+        has_login = "Authorization" in self._headers
+        if self._token is None and not has_login and _is_private(self.url):
+            self._headers.update(_netrc_login(self.url))
+        if self._token is not None and has_login:
             _log.warning("the bearer token replaces the Authorization header")
-        if not callable(self._token):
-            self.headers()
-        parameters = _parameters(options)
-        if options.regions is None:
-            self.url = _with_query(self.url, parameters, _query(parameters))
-            return
-        if (options.reference_name, options.start, options.end) != (None,) * 3:
-            text = "regions cannot be combined with reference_name, start or end"
-            raise RequestError(text)
-        parameters["regions"] = _regions(options.regions)
-        self.url = _with_query(self.url, parameters)
-        self.body = json.dumps(parameters).encode("ascii")
 
     def headers(self) -> Dict[str, str]:
-        """The headers; a token that comes from a function is fetched anew.
-
-        .netrc is consulted only where there is neither a token nor an Authorization.
-        """
-        headers = {"Accept": _ACCEPT}
-        if self.body is not None:
-            headers["Content-Type"] = "application/json"
-        headers.update(self._headers)
-        token = self._token
-        if callable(token):
-            token = token()
-            token = token.strip() if isinstance(token, str) else token
+        headers = dict(self._headers)
+        token = self._token() if callable(self._token) else self._token
         if token is not None:
             headers["Authorization"] = _bearer(token)
         _require_private(self.url, headers)
-        if "Authorization" not in headers and _is_private(self.url):
-            headers.update(_netrc_login(self.url))
         return headers
 
 
 def _bearer(token: Any) -> str:
-    """The Authorization header for a token, which may already say "Bearer"."""
-    if not isinstance(token, str) or not token.strip():
-        raise RequestError("bearer_token is empty or not a string")
-    value = "Bearer " + re.sub(r"\A\s*bearer\s+", "", token, flags=re.I)
-    _require_header("bearer_token", "Authorization", value)
-    return value
+    pattern = r"\s*(?i:bearer\s+)?([!-~]+)\s*"
+    match = re.fullmatch(pattern, token) if isinstance(token, str) else None
+    if match is None:
+        raise RequestError("bearer_token is empty, or has blanks or odd characters")
+    return "Bearer " + match.group(1)
 
 
 def _require_private(url: str, headers: Mapping[str, str]) -> None:
     """RequestError for a bearer token that others could read on its way."""
-    for name, value in headers.items():
-        is_token = name.lower() == "authorization" and re.match(r"(?i)\s*bearer", value)
-        if is_token and not _is_private(url):
-            text = (
-                "not sending a token over plain http to %s; use https, or set %s='%s'"
-            )
-            raise RequestError(text, _shown(url), *_ALLOW_PLAIN)
+    logins = [headers[name] for name in headers if name.lower() == "authorization"]
+    is_bearer = any(re.match(r"(?i)\s*bearer", login) for login in logins)
+    if is_bearer and not _is_private(url):
+        text = "not sending a token over plain http to %s; use https, or set %s='%s'"
+        raise RequestError(text, _shown(url), *_ALLOW_PLAIN)
 
 
 def _is_private(url: str) -> bool:
-    """Whether nobody on the way can read a request: https, or within this machine; or
-    whether the user accepts the risk, in htslib's way."""
+    """Whether only the server can read a request, or the user accepts the risk."""
     parts = urllib.parse.urlsplit(url)
-    name, value = _ALLOW_PLAIN
-    if parts.scheme == "https" or os.environ.get(name) == value:
+    variable, consent = _ALLOW_PLAIN
+    if parts.scheme == "https" or os.environ.get(variable) == consent:
         return True
     loopback = r"(.+\.)?localhost\Z|127(\.\d{1,3}){3}\Z|::1\Z"
     is_near = re.match(loopback, parts.hostname or "") is not None
@@ -548,44 +634,29 @@ def _is_private(url: str) -> bool:
 
 
 def _netrc_login(url: str) -> Dict[str, str]:
-    """The Authorization header that .netrc (or the file NETRC) has for a URL's host."""
     import netrc
 
     path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
-    host = urllib.parse.urlsplit(url).hostname or ""
+    login = None
     try:
-        known = netrc.netrc(path).authenticators(host)
-    except (FileNotFoundError, NotADirectoryError):
-        known = None
+        if os.path.exists(path):
+            login = netrc.netrc(path).authenticators(_origin(url)[1])
     except (OSError, ValueError, netrc.NetrcParseError) as error:
-        # Before Python 3.11 one odd line is enough; the error's text may show secrets.
+        # Before Python 3.11 one odd line is enough. The error may quote a password.
         _log.warning("cannot use %s: %s", path, type(error).__name__)
-        known = None
-    if known is None:
-        return {}
-    login = "%s:%s" % (known[0] or "", known[2] or "")
-    return {"Authorization": _basic(login.encode("utf-8"))}
+    return _basic(("%s:%s" % (login[0], login[2])).encode("utf-8")) if login else {}
 
 
-def _basic(login: bytes) -> str:
-    return "Basic " + base64.b64encode(login).decode("ascii")
-
-
-def _require_header(option: str, name: Any, value: Any) -> None:
-    """RequestError for a header of the caller's that cannot be sent."""
-    problem = _header_problem(name, value)
-    if problem:
-        raise RequestError("%s: %s", option, problem)
+def _basic(login: bytes) -> Dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(login).decode("ascii")}
 
 
 def _header_problem(name: Any, value: Any) -> Optional[str]:
     """Why a header cannot be sent, in words that do not show its value."""
-    if not isinstance(name, str) or not isinstance(value, str):
-        return "the name or value of a header is not a string"
-    if not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+    if not isinstance(name, str) or not re.match(r"[!#-'*+.^_`|~\w-]+\Z", name, re.A):
         return "the name of a header is malformed"
-    if not re.match("[\t\x20-\x7e\x80-\xff]*\\Z", value):
-        return "the header %s has control characters or is not Latin-1" % name
+    if not isinstance(value, str) or not re.match("[\t -~\x80-\xff]*\\Z", value):
+        return "the header %s is not a string, or has odd characters" % name
     return None
 
 
@@ -593,33 +664,36 @@ def _header_problem(name: Any, value: Any) -> Optional[str]:
 @functools.lru_cache(maxsize=64)
 def _url_problem(url: str) -> Optional[str]:
     """Why a URL cannot be fetched, in words that do not show it."""
-    if re.search(_NOT_IN_URLS, url):
+    if re.search("[^!-~]", url):
         return "the URL has spaces, control or non-ASCII characters"
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
-            return "the URL is neither http nor https"
+            return "the URL is neither http nor https; begin with https://"
         host = urllib.parse.unquote(parts.hostname or "")
-        if host and parts.port != 0 and not re.search(_NOT_IN_URLS, host):
+        if parts.port != 0 and re.fullmatch("[!-~]+", host):
             return None
     return "the host or port of the URL is missing or malformed"
 
 
+@functools.lru_cache(maxsize=64)
+def _origin(url: str) -> Tuple[str, str, int]:
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname or "", port
+
+
 def _checked_url(url: Any) -> str:
-    """The caller's URL, with what a URL cannot hold percent-encoded."""
-    if not isinstance(url, str) or re.search("[\x00-\x1f\x7f]", url):
-        raise RequestError("the URL is not a string, or has control characters")
-    # As htsjdk and GATK write them.
-    url = re.sub(r"\A\s*htsget://", "https://", url, flags=re.I).strip()
-    safe = "!#$%&'()*+,/:;=?@[]~\"<>\\^`{|}"
-    try:
-        url = urllib.parse.quote(url, safe=safe, errors="surrogateescape")
-        problem = _url_problem(url)
-    except UnicodeEncodeError:
-        problem = "the URL is not text"
+    """The caller's URL, percent-encoded where it must be. A "#" is part of the id."""
+    # htsjdk and GATK write htsget://.
+    url = re.sub("(?i)^htsget://", "https://", str(url).strip())
+    # Control characters stay, to be refused.
+    safe = "".join(set(map(chr, range(128))) - set(" #"))
+    url = urllib.parse.quote(url, safe, errors="surrogateescape")
+    problem = _url_problem(url)
     if problem:
         raise RequestError("%s: %s", _shown(url), problem)
-    return str(urllib.parse.urldefrag(url).url)
+    return str(url)
 
 
 def _without_userinfo(url: str) -> Tuple[str, Dict[str, str]]:
@@ -629,143 +703,48 @@ def _without_userinfo(url: str) -> Tuple[str, Dict[str, str]]:
     if not at:
         return url, {}
     login = _basic(urllib.parse.unquote_to_bytes(userinfo))
-    return parts._replace(netloc=host).geturl(), {"Authorization": login}
+    return parts._replace(netloc=host).geturl(), login
 
 
 def _shown(url: str) -> str:
     """A URL as it may be printed: without user-info, query and fragment."""
-    if url[:5].lower() == "data:":
-        return "data: URI"
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^?#]*)", url)
     return _printable("".join(match.groups()), 200) if match else "(not a URL)"
 
 
-def _printable(text: str, limit: int = _ERROR_SHOWN) -> str:
-    """Foreign text as it may be printed: one line, no control characters."""
+def _printable(text: str, limit: int = 300) -> str:
+    """A string from elsewhere as it may be printed: one line, no control characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _parameters(options: _Options) -> Dict[str, Any]:
-    """The request parameters (spec: "Request parameters"), checked."""
-    parameters: Dict[str, Any] = {}
-    for name, (option, cased, form, pattern) in _TEXTS.items():
-        value = getattr(options, option)
-        if value is not None:
-            parameters[name] = cased(value) if isinstance(value, str) else ""
-            if not re.fullmatch(pattern, parameters[name]):
-                raise RequestError("%s is not %s", option, form)
-    if "class" in parameters and "format" not in parameters:
-        raise RequestError("data_class requires data_format")
-    interval = _interval(options.start, options.end)
-    if interval and options.reference_md5 is None:
-        if options.reference_name in (None, "*"):
-            text = "start and end require reference_name, and one that is not '*'"
-            raise RequestError(text)
-    return dict(parameters, **interval, **_name_lists(options))
+def _split_query(query: str) -> List[Tuple[str, str]]:
+    """The parameters of a query string: each one's name, and how it is written."""
+    pairs = filter(None, query.split("&"))
+    return [(urllib.parse.unquote_plus(pair.partition("=")[0]), pair) for pair in pairs]
 
 
-def _interval(start: Any, end: Any) -> Dict[str, int]:
-    """The parameters `start` and `end`: 0 <= start <= end < 2**32."""
-    interval = {}
-    for name, value in (("start", start), ("end", end)):
-        if value is not None:
-            try:
-                interval[name] = int(value)
-                is_whole = isinstance(value, str) or interval[name] == value
-            except (TypeError, ValueError, OverflowError):
-                is_whole = False
-            if not is_whole or not 0 <= interval[name] < 1 << 32:
-                raise RequestError("%s is not an integer from 0 to 2**32-1", name)
-    if interval.get("start", 0) > interval.get("end", 1 << 32):
-        raise RequestError("start is greater than end")
-    return interval
-
-
-def _name_lists(options: _Options) -> Dict[str, List[str]]:
-    """The parameters `fields`, `tags` and `notags`, each a list of names."""
-    lists = {}
-    for key in ("fields", "tags", "notags"):
-        value = getattr(options, key)
-        if value is not None:
-            names = value.split(",") if isinstance(value, str) else list(value)
-            if not all(isinstance(name, str) for name in names):
-                raise RequestError("%s has names that are not strings", key)
-            lists[key] = [name.strip() for name in names if name.strip()]
-    if "fields" in lists:
-        lists["fields"] = [name.upper() for name in lists["fields"]]
-        if not lists["fields"] or not set(lists["fields"]) <= set(_FIELDS):
-            raise RequestError("fields can only have %s", ", ".join(_FIELDS))
-    both = set(lists.get("tags", ())) & set(lists.get("notags", ()))
-    if both:
-        raise RequestError("tags and notags overlap: %s", ", ".join(sorted(both)))
-    if not lists.get("notags"):
-        # Leaving nothing out is the server's default.
-        lists.pop("notags", None)
-    return lists
-
-
-def _regions(regions: Iterable[Any]) -> List[Dict[str, Any]]:
-    """The `regions` of a POST body (spec: "POST request")."""
-    result = []
-    for region in regions:
-        if not isinstance(region, (tuple, list)) or not 1 <= len(region) <= 3:
-            raise RequestError("a region is not a tuple (name, start, end)")
-        name, start, end = Region(*region)
-        interval = _interval(start, end)
-        is_text = isinstance(name, str) and re.match("[^\ud800-\udfff]+\\Z", name)
-        if not is_text or (name == "*" and interval):
-            text = "a region needs a reference name, and '*' takes no start or end"
-            raise RequestError(text)
-        result.append(dict(interval, referenceName=name))
-    if not result:
-        raise RequestError("regions is empty")
-    return result
-
-
-def _query(parameters: Mapping[str, Any]) -> str:
-    """The parameters as a query string."""
-    pairs = [
-        (name, ",".join(value) if isinstance(value, list) else value)
-        for name, value in parameters.items()
-    ]
-    quote = urllib.parse.quote
-    # Arguments of the command line may have bytes that are no text.
-    odd = "surrogateescape"
-    try:
-        return urllib.parse.urlencode(pairs, safe=",*:", errors=odd, quote_via=quote)
-    except UnicodeEncodeError:
-        raise RequestError("an option is not text") from None
-
-
-def _with_query(url: str, names: Iterable[str], query: str = "") -> str:
-    """The URL with more in its query, where the parameters of these names go; the rest
-    of it stays as it is."""
+def _with_query(url: str, removed: Iterable[str], added: Mapping[str, Any]) -> str:
     parts = urllib.parse.urlsplit(url)
-    pairs = [
-        pair
-        for pair in parts.query.split("&")
-        if urllib.parse.unquote_plus(pair.partition("=")[0]) not in names
-    ]
-    query = "&".join(filter(None, pairs + [query]))
-    return parts._replace(query=query).geturl()
+    pairs = [pair for name, pair in _split_query(parts.query) if name not in removed]
+    for name, value in added.items():
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        pairs.append(name + "=" + urllib.parse.quote(text, safe=",*:"))
+    return parts._replace(query="&".join(pairs)).geturl()
 
 
 # ---- the ticket
 #
-# Tickets: parsing, what stays the same when one is requested again. Pure: no network.
-
-_Raw = Union[bytes, bytearray]
-
-# The types of JSON that a ticket has, in words.
-_JSON_TYPES = {dict: "an object", list: "a list", str: "a string"}
+# Tickets: parsing, and what two tickets for the same data have in common. Pure, no
+# network, no state. Promise 1: a ticket that cannot be fetched exactly is an error, and
+# data is joined only under equivalent tickets.
 
 
 class DataBlock(NamedTuple):
-    """One entry of a ticket (spec: "Response JSON fields").
+    """One entry of a ticket's `urls` (spec: "Response JSON fields").
 
-    `url` is http, https or data; `headers` go with every request for it;
-    `data_class` is "header", "body" or None.
+    `url` (str) is http, https or data; `headers` (mapping of str to str) go with every
+    request for it; `data_class` is "header", "body" or None.
     """
 
     url: str
@@ -773,15 +752,16 @@ class DataBlock(NamedTuple):
     data_class: Optional[str] = None
 
     def __repr__(self) -> str:
-        shown = (_shown(self.url), sorted(self.headers), self.data_class)
+        url = "data:..." if _is_inline(self) else _shown(self.url)
+        shown = (url, sorted(self.headers), self.data_class)
         return "DataBlock(url=%r, headers=%r, data_class=%r)" % shown
 
 
 class Ticket(NamedTuple):
-    """A server's answer: the `format` of the data, its `blocks` in order, its `md5`.
+    """A server's response to a request for data (spec: "Response JSON fields").
 
-    `format` (upper-case) and `md5` (32 hexadecimal digits) are None when the server
-    does not give them.
+    `format` (str, upper-case) and `md5` (str, 32 hexadecimal digits) are None when the
+    server does not give them; `blocks` is the list of `DataBlock`, in order.
     """
 
     format: Optional[str]
@@ -789,82 +769,84 @@ class Ticket(NamedTuple):
     md5: Optional[str] = None
 
 
-# Where the ticket of a transfer comes from.
-_Source = Union[_TicketRequest, Ticket]
+class _RestrictedTicket(Ticket):
+    """A ticket whose key `allowed` (htsget-rs) names what this login may see."""
+
+    allowed = ""
+
+    def __new__(cls, *fields: Any, allowed: str = "") -> "_RestrictedTicket":
+        self = super().__new__(cls, *fields)
+        self.allowed = allowed
+        return self
 
 
-def _parse_ticket(raw: _Raw) -> Ticket:
+def _allowed_words(allowed: Any) -> str:
+    try:
+        rules = [rule for entry in allowed for rule in entry.get("rules", [entry])]
+        return _printable(", ".join(map(_allowed_region, rules)))
+    except (AttributeError, KeyError, TypeError):
+        return _printable(json.dumps(allowed, separators=(",", ":")))
+
+
+def _allowed_region(rule: Mapping[str, Any]) -> str:
+    """A rule in samtools' notation, 1-based and inclusive."""
+    name = rule.get("referenceName") or rule["name"]
+    start, end = rule.get("start") or 0, rule.get("end") or ""
+    return str(name) + (":%d-%s" % (start + 1, end) if start or end else "")
+
+
+def _parse_ticket(raw: bytearray) -> Ticket:
     """Parse a ticket; ProtocolError if it is not one (spec: "Response JSON fields")."""
     what = "the ticket"
-    body = _typed(_parse_json(raw, what), "htsget", dict, what, is_required=True)
-    if "error" in body:
-        said = ": ".join(str(body[key]) for key in ("error", "message") if key in body)
-        raise ProtocolError("the ticket is an error: %s", _printable(said))
-    entries = _typed(body, "urls", list, what, is_required=True)
+    body = _typed(_parse_json(raw, what), "htsget", dict, what, is_needed=True)
+    entries = _typed(body, "urls", list, what, is_needed=True)
     ticket = Ticket(
         (_typed(body, "format", str, what) or "").upper() or None,
         [_parse_block(entry, number) for number, entry in enumerate(entries, 1)],
         _typed(body, "md5", str, what),
     )
     _check_ticket(ticket)
-    return ticket
+    if body.get("allowed") is None:
+        return ticket
+    return _RestrictedTicket(*ticket, allowed=_allowed_words(body["allowed"]))
 
 
-def _parse_json(raw: _Raw, what: str) -> Dict[str, Any]:
+def _parse_json(raw: bytearray, what: str) -> Dict[str, Any]:
     """A JSON object from a server; `raw` is emptied, as it may be large."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError("%s is not JSON" % constant)
-
+    problem = "not a JSON object"
     try:
         text = raw.decode("utf-8-sig")
-        if isinstance(raw, bytearray):
-            raw.clear()
-        document = json.loads(text, parse_constant=refuse, parse_int=_parse_int)
+        raw.clear()
+        document = json.loads(text)
         if isinstance(document, dict):
             return document
-        problem = "not a JSON object"
-    except RecursionError:
-        problem = "nested too deeply"
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         problem = "not valid JSON: " + _printable(str(error), 100)
-    # Outside of the handlers: their exceptions hold the text, secrets included.
+    # Outside of the handler: its exception holds the document, secrets included.
     raise ProtocolError("%s is %s", what, problem)
 
 
-def _parse_int(digits: str) -> float:
-    """An integer; int() would take forever on a million digits."""
-    return int(digits) if len(digits) < 300 else float(digits)
-
-
-def _typed(
-    container: Any, key: str, kind: Any, what: str, is_required: bool = False
-) -> Any:
-    """A value of an object in the ticket; None when absent or null."""
-    value = container.get(key)
-    if not isinstance(value, kind) and (is_required or value is not None):
-        text = "%r in %s is missing or not %s"
-        raise ProtocolError(text, key, what, _JSON_TYPES[kind])
-    return value
-
-
 def _parse_block(entry: Any, number: int) -> DataBlock:
-    """One entry of the ticket's `urls`."""
     what = "data block %d" % number
-    if not isinstance(entry, dict):
-        raise ProtocolError("%s is not a JSON object", what)
-    # `urlClass` is the EGA's name for it.
-    name = "class" if "class" in entry else "urlClass"
     return DataBlock(
-        _typed(entry, "url", str, what, is_required=True),
+        _typed(entry, "url", str, what, is_needed=True),
         _typed(entry, "headers", dict, what) or {},
-        _typed(entry, name, str, what),
+        # `urlClass` is the EGA's name for it.
+        _typed(entry, "class", str, what) or _typed(entry, "urlClass", str, what),
     )
 
 
+def _typed(holder: Any, key: str, kind: Any, what: str, is_needed: bool = False) -> Any:
+    """A value of an object in the ticket; None when absent or null."""
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(value, kind) and (is_needed or value is not None):
+        words = {dict: "an object", list: "a list", str: "a string"}[kind]
+        raise ProtocolError("%r in %s is missing or not %s", key, what, words)
+    return value
+
+
 def _check_ticket(ticket: Ticket) -> None:
-    """ProtocolError for a ticket that cannot be fetched as it stands."""
-    if ticket.md5 is not None and not re.match(r"[0-9A-Fa-f]{32}\Z", ticket.md5):
+    if not re.fullmatch("([0-9A-Fa-f]{32})?", ticket.md5 or ""):
         raise ProtocolError("the ticket's md5 is not 32 hexadecimal digits")
     for number, block in enumerate(ticket.blocks, 1):
         what = "data block %d" % number
@@ -885,74 +867,131 @@ def _decode_data_uri(uri: str, what: str) -> bytes:
     """The bytes of a data URI (RFC 2397), also in the EGA's form data:base64,..."""
     begin = uri.find(",") + 1
     is_base64 = uri[5:begin].rpartition(";")[2].strip(" ,").lower() == "base64"
+    if begin and not is_base64:
+        return urllib.parse.unquote_to_bytes(uri[begin:])
+    # Without copies: this may be most of a 64 MiB ticket.
+    content = "".join(urllib.parse.unquote(uri[begin:]).split())
     with contextlib.suppress(ValueError):
-        if begin and not is_base64:
-            return urllib.parse.unquote_to_bytes(uri[begin:])
-        if re.search(r"[%\s]", uri):
-            uri = "".join(urllib.parse.unquote(uri[begin:]).split())
-            begin = 0
-        # In pieces: the URI may be all of a 64 MiB ticket.
-        content, step = BytesIO(), 1 << 20
-        for start in range(begin, len(uri), step):
-            content.write(base64.b64decode(uri[start : start + step], validate=True))
-        return content.getvalue()
+        if begin and re.fullmatch("[A-Za-z0-9+/]*={0,2}", content):
+            return binascii.a2b_base64(content)
     raise ProtocolError("the data URI of %s is malformed", what)
 
 
-def _outline(ticket: Ticket) -> Tuple[Any, ...]:
-    """What stays the same of a ticket when it is requested again."""
-    return ticket.format, ticket.md5, list(map(_shape, ticket.blocks))
+def _is_crypt4gh(ticket: Ticket) -> bool:
+    """Whether the data is encrypted: its inline beginning says so."""
+    first = ticket.blocks[0] if ticket.blocks else DataBlock("")
+    return _is_inline(first) and _decode_data_uri(first.url, "")[:8] == b"crypt4gh"
 
 
-def _shape(block: DataBlock) -> Tuple[Any, ...]:
-    """What stays the same of a data block when its URL is signed anew."""
+def _is_reduced(ticket: Ticket) -> bool:
+    return isinstance(ticket, _RestrictedTicket) or _is_header_only(ticket)
+
+
+def _require_unreduced(was_reduced: bool, is_reduced: bool) -> None:
+    """ClientError if a ticket has lost what this login could see before."""
+    if is_reduced and not was_reduced:
+        text = "the ticket has less than before: the login may have expired"
+        raise ClientError(403, "Forbidden", text, place="ticket")
+
+
+def _is_header_only(ticket: Ticket) -> bool:
+    return {block.data_class for block in ticket.blocks} == {"header"}
+
+
+def _warn_of_gaps(ticket: Ticket, options: _Options) -> None:
+    """Warn of what the ticket says about its own completeness."""
+    if isinstance(ticket, _RestrictedTicket) and ticket.allowed:
+        text = "this login may see only %s: the server left out the rest"
+        _log.warning(text, ticket.allowed)
+    # What a ticket given instead of a URL was requested for is not known.
+    is_known = isinstance(options.url, str) and "class=header" not in options.url
+    if is_known and options.data_class is None and _is_header_only(ticket):
+        _log.warning("the ticket has only header blocks, and no records")
+    if not ticket.blocks:
+        _log.warning("the ticket has no data blocks")
+
+
+# What tickets have in common.
+
+
+@functools.lru_cache(maxsize=64)
+def _without_signature(url: str) -> str:
+    """A URL without the query parameters that differ when it is signed anew."""
+    base, mark, query = url.partition("?")
+    pairs = _split_query(query)
+    is_signed = any(name.lower() in ("sig", "signature") for name, _ in pairs)
+    pattern = _SIGNED if is_signed else _SIGNATURE
+    return base + mark + "&".join(p for name, p in pairs if not pattern.match(name))
+
+
+def _place(url: str) -> List[Any]:
+    parts = urllib.parse.urlsplit(_without_signature(url))
+    return [parts.hostname, parts.path, parts.query]
+
+
+def _selectors(block: DataBlock) -> Tuple[Optional[str], List[Tuple[str, str]]]:
+    """The Range of a block, and its other headers that tell objects apart."""
     headers = {name.lower(): value for name, value in (block.headers or {}).items()}
-    content = _decode_data_uri(block.url, "") if _is_inline(block) else b""
-    return headers.get("range"), block.data_class, hashlib.sha256(content).hexdigest()
+    wanted = headers.pop("range", None)
+    headers.pop("authorization", None)
+    return wanted, sorted(h for h in headers.items() if not _SIGNATURE.match(h[0]))
 
 
-def _identity(source: _Source, ticket: Ticket) -> Dict[str, str]:
-    """What tells a transfer from others, without secrets: digests of what was asked for
-    and of what lasts of the ticket. Without a request only the queries and headers of
-    the ticket's blocks can say what was asked for."""
-    asked: Any = None
+def _object_key(block: DataBlock) -> Tuple[Any, ...]:
+    return _without_signature(block.url), tuple(_selectors(block)[1])
+
+
+def _outline(ticket: Ticket) -> List[Any]:
+    """What equivalent tickets have in common: the blocks' classes, Ranges and inline
+    data. A block without a Range may have it in the query, unless it is the only one.
+    Crypt4GH headers are encrypted anew for each ticket."""
+    is_encrypted = _is_crypt4gh(ticket)
+    outline: List[Any] = [ticket.format, (ticket.md5 or "").lower()]
+    for block in ticket.blocks:
+        wanted, others = _selectors(block)
+        content: Any = None
+        if _is_inline(block):
+            data = b"" if is_encrypted else _decode_data_uri(block.url, "")
+            content = hashlib.sha256(data).hexdigest()
+        elif wanted is None and len(ticket.blocks) > 1:
+            content = [_place(block.url)[1:], others]
+        outline.append([block.data_class, wanted, content])
+    return outline
+
+
+def _is_equivalent(first: Ticket, renewed: Ticket) -> bool:
+    """Whether a transfer can go on with another ticket for the same request."""
+    return _outline(first) == _outline(renewed)
+
+
+# Where the ticket of a transfer comes from.
+_Source = Union[_TicketRequest, Ticket]
+
+
+def _identity(source: _Source, ticket: Ticket) -> Dict[str, Any]:
+    """What the journal knows a transfer by: digests of the request (of a given ticket,
+    what its blocks request) and of what equivalent tickets have in common."""
     if isinstance(source, Ticket):
-        asked = list(map(_lasting_values, ticket.blocks))
+        remote = [block for block in ticket.blocks if not _is_inline(block)]
+        request = [[_place(block.url), *_selectors(block)] for block in remote]
     else:
-        asked = source.url, (source.body or b"").decode("ascii")
-    blocks = [
-        [_is_inline(block) or block.url.partition("?")[0], *sorted(block.headers or {})]
-        for block in ticket.blocks
-    ]
-    return {"request": _digest(asked), "ticket": _digest([_outline(ticket), blocks])}
-
-
-def _lasting_values(block: DataBlock) -> List[Any]:
-    """The query and headers of a block, less signatures and secrets."""
-    pairs = [(n, v) for n, v in (block.headers or {}).items() if not _SECRET.match(n)]
-    if not _is_inline(block):
-        pairs += urllib.parse.parse_qsl(urllib.parse.urlsplit(block.url).query, True)
-    return sorted(pair for pair in pairs if not _SIGNATURE.match(pair[0]))
+        request = [[_without_signature(source.url), repr(source.body)]]
+    digests = {"request": _digest(request), "ticket": _digest(_outline(ticket))}
+    return dict(digests, is_reduced=_is_reduced(ticket))
 
 
 def _digest(value: Any) -> str:
-    """A digest of something that JSON can hold."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 # ---- retry policy
 #
-# Arithmetic only: how often, and how long to wait.
-
-
-# What a malformed date raises.
-_NO_DATE = (TypeError, ValueError, IndexError, OverflowError)
+# Arithmetic only: how often to retry, and how long to wait before. Promise 2.
 
 
 def _timestamp(text: str, otherwise: float) -> float:
-    """The date in a header, in seconds since the epoch; `otherwise` if malformed."""
-    with contextlib.suppress(*_NO_DATE):
+    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
         return email.utils.parsedate_to_datetime(text).timestamp()
     return otherwise
 
@@ -960,30 +999,27 @@ def _timestamp(text: str, otherwise: float) -> float:
 def _retry_after(value: Optional[str], now: float) -> float:
     """Seconds to wait for a Retry-After header (a number or a date) at time `now`."""
     text = (value or "").strip()
-    if re.match(r"\d{1,9}\Z", text, re.A):
-        seconds = float(text)
-    else:
-        seconds = _timestamp(text, now) - now
+    is_number = re.match(r"\d{1,9}\Z", text, re.A)
+    seconds = float(text) if is_number else _timestamp(text, now) - now
     return max(0.0, min(seconds, _LONGEST_RETRY_AFTER))
 
 
 class _Retry:
     """Counts failures in a row and says how long to wait."""
 
-    def __init__(self, limit: int, wait: float) -> None:
+    def __init__(self, limit: float, wait: float) -> None:
         self._limit = limit
         self._wait = wait
         self._failures = 0
         self._new = 0
 
     def progress(self, count: int) -> None:
-        """Note `count` new bytes."""
         self._new += count
         if self._new >= _PROGRESS:
             self._failures = self._new = 0
 
     def pause(self, error: HtsgetException) -> float:
-        """Seconds to wait after an error; raises it when retrying is of no use."""
+        """Seconds to wait after an error; raises it if there is no further retry."""
         if not error._transient or 0 <= self._limit <= self._failures:
             raise error
         doubled = self._wait * float(1 << min(self._failures, 30))
@@ -995,3053 +1031,2534 @@ class _Retry:
 # ---- transport
 #
 # The only code that opens sockets: urllib's opener over http.client connections that
-# are kept and used again. Nothing here knows about tickets or data blocks.
+# are kept and reused. Owns the connections and cookies of a transfer, and knows nothing
+# of data blocks. Promises 1 (a body that is cut short, or whose framing is in doubt, is
+# an error) and 3 (`stop` ends every wait).
 
-# What the standard library raises for broken connections and broken answers, and when
-# an idle connection turns out to be dead.
+# What the standard library raises for broken connections and malformed responses, and
+# for an idle connection that the server has closed.
 _LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _DEAD = (ConnectionError, ssl.SSLError, http.client.BadStatusLine)
 
-# Errors of a process, or system, that has too many connections open.
-_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+# The caller's headers that another origin may see; a data block's that are no secret.
+_PUBLIC = ("accept", "content-type", "user-agent")
+_HARMLESS = ("host", "if-range", "range", "user-agent")
 
-# What the resolver says of names that do not exist.
-_NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+# Headers that must not come with two values.
+_SINGLE = ("content-length", "content-range", "etag", "transfer-encoding")
 
-# TLS failures that a retry cannot mend, by OpenSSL's reason.
-_NOT_TLS = "WRONG_VERSION|UNKNOWN_PROTOCOL|HTTP_REQUEST|PACKET_LENGTH|RECORD_LAYER"
-_OLD_TLS = "PROTOCOL_VERSION|UNSUPPORTED_PROTOCOL|NO_PROTOCOLS|NO_SHARED|LEGACY_SIGALG"
-_TLS_FAILURES = {
-    _NOT_TLS: "this port does not speak TLS",
-    _OLD_TLS: "no common TLS version (1.2 or later is required)",
-    "CERTIFICATE_REQUIRED|HANDSHAKE": "TLS may require a client certificate",
-    "LEGACY_RENEGOTIATION": "the server requires unsafe legacy TLS renegotiation",
-}
+# For example "bytes 0-99/1234"; some servers write "bytes=0-99/1234".
+_CONTENT_RANGE = r"(?:bytes)?[ =:]*(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)"
 
+# The beginning of JSON, XML or HTML without bytes that no text has; of a web page.
+_DOCUMENT = re.compile(rb"(\xef\xbb\xbf)?\s*([{\[]|<[A-Za-z!?])[\t-\r -~\x80-\xff]*\Z")
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+)?html", re.I)
 
-class _Hosts:
-    """What a transfer has learned of hosts: which were reached, which addresses do not
-    answer, which origins have asked for patience."""
+# Where JSON error documents of all makes have their explanation.
+_MESSAGE_KEYS = "message userMessage title detail msg error_description".split()
 
-    def __init__(self) -> None:
-        self.reached: Set[str] = set()
-        self.silent: Set[Any] = set()
-        self._busy: Dict[Any, float] = {}
-        self._patient_until = 0.0
+# By lower-case name, with the name as it is sent: some gateways compare its letters.
+_Headers = Dict[str, Tuple[str, str]]
 
-    def resolve(self, host: str, port: int) -> List[Any]:
-        """What getaddrinfo says, silent addresses last."""
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        return sorted(found, key=lambda entry: entry[4] in self.silent)
-
-    def postpone(self, url: str, seconds: float) -> None:
-        """Let no connection ask a URL's origin for some time."""
-        until = max(time.monotonic() + seconds, self._busy.get(_origin(url), 0.0))
-        self._busy[_origin(url)] = until
-        self._patient_until = max(until, self._patient_until)
-
-    def delay(self, url: str) -> float:
-        """Seconds until a URL's origin may be asked again."""
-        return self._busy.get(_origin(url), 0.0) - time.monotonic()
-
-    def is_patient(self) -> bool:
-        """Whether a delay is pending for any origin."""
-        return time.monotonic() < self._patient_until
-
-
-class _Wire(RawIOBase):
-    """The raw bytes of an answer; a deadline bounds what must come as a whole."""
-
-    def __init__(self, raw: Any, sock: socket.socket) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._timeout = sock.gettimeout()
-        self._deadline: Optional[float] = None
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what one receive brings, within the deadline if there is one."""
-        if self._deadline is not None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout("timed out")
-            self._sock.settimeout(left)
-        return self._raw.readinto(buffer)  # type: ignore
-
-    def hurry(self) -> None:
-        """Let all that comes from now on take `timeout` as a whole."""
-        if self._deadline is None and self._timeout is not None:
-            self._deadline = time.monotonic() + self._timeout
-
-    def relax(self) -> None:
-        """Let each receive have `timeout` for itself."""
-        if self._deadline is not None:
-            self._deadline = None
-            with contextlib.suppress(OSError):
-                self._sock.settimeout(self._timeout)
-
-    def close(self) -> None:
-        """Close the library's file; the connection stays open."""
-        self._raw.close()
-        super().close()
+_Parsed = TypeVar("_Parsed")
 
 
 class _Lines(BufferedReader):
-    """The file that http.client reads an answer from: a line that is cut off is an
-    error, and a run of lines (head, trailers) has `timeout` as a whole."""
+    """The file that http.client reads a response from. The library takes a line or a
+    header section that the end of the connection has cut off for complete."""
 
-    def __init__(self, wire: _Wire) -> None:
-        super().__init__(wire, _FIRST_READ)
-        self.wire = wire
-        self.last = b""
+    _is_in_headers = False
 
     def readline(self, limit: Optional[int] = -1) -> bytes:
-        """Read a line; b"" only where nothing has come at all."""
-        self.wire.hurry()
+        """Read a line; an error where the connection has ended within it."""
         line = super().readline(limit)
-        if not line.endswith(b"\n") and len(line) != limit and (line or self.last):
-            raise http.client.IncompleteRead(line)
-        self.last = line
+        is_whole = line.endswith(b"\n") or len(line) == limit
+        if not is_whole and (line or self._is_in_headers):
+            raise http.client.IncompleteRead(b"")
+        is_header = self._is_in_headers and line.strip() != b""
+        self._is_in_headers = is_header or line.startswith(b"HTTP/")
         return line
 
 
-class _Answer(http.client.HTTPResponse):
-    """An answer, whose body is counted here; the library reads head and framing."""
+class _Response(http.client.HTTPResponse):
+    """The library's response, whose body is counted. `length` is None where chunks or
+    the connection's end will tell; `is_framed`: the end can be told from a cut."""
 
-    def __init__(self, connection: "_Connection", *args: Any, **more: Any) -> None:
+    def __init__(
+        self, connection: "_Connection", request: "_Request", *args: Any, **more: Any
+    ) -> None:
         super().__init__(*args, **more)
-        self.fp = self._lines = _Lines(_Wire(self.fp.detach(), connection.sock))
+        self.fp: Any = _Lines(self.fp.detach(), _FIRST_READ)
+        self.asked = request
+        self.url = request.full_url
         self._connection: Optional[_Connection] = connection
-        self._pool = connection.pool
-        self.url, self.via, self.login = connection.asked
-        # Bytes in the body, None where only its end will tell; and whether that end
-        # can be told from a cut connection.
-        self.size: Optional[int] = None
-        self.framed = True
-        self.fields: Dict[str, str] = {}
-        self._is_bounded = False
+        self._start = b""
+        self._chunks = self._receive(connection)
 
     def begin(self) -> None:
-        """Read the head; refuse one that leaves in doubt where the body ends."""
+        """Read the header section (called by http.client)."""
         super().begin()
         while self.status < 200:
-            # Informational; the library skips only 100.
+            # The library skips no interim response but 100.
             self.headers = None  # type: ignore
             super().begin()
-        # By lower-case name: these are looked up a lot.
-        raw = reversed(list(self.headers.raw_items()))
-        self.fields = {name.lower(): value for name, value in raw}
-        lengths = ",".join(self.headers.get_all("content-length", [])).split(",")
-        size = set(map(str.strip, lengths)) - {""}
-        coding = self.fields.get("transfer-encoding", "identity").strip().lower()
-        unclear = coding not in ("identity", "chunked") or (self.chunked and size)
-        if unclear or len(size) > 1 or not re.match("[0-9]{0,18}\\Z", "".join(size)):
-            raise http.client.HTTPException("malformed or contradictory framing")
-        for defect in self.headers.defects:
-            # Those of a multipart body are none of the head.
-            if not re.search("Multipart|Boundary", type(defect).__name__):
-                raise http.client.HTTPException("malformed headers")
-        # The library knows the statuses that have no body.
-        self.size = int(size.pop()) if size and self.length != 0 else self.length
-        self.framed = self.chunked or self.size is not None
-        self._lines.wire.relax()
+        _require_clear_framing(self.headers)
+        self.is_framed = self.chunked or self.length is not None
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body as it comes; ContentLengthMismatch where it ends early."""
-        left = sys.maxsize if self.size is None else self.size
-        failure: Optional[HtsgetException] = None
-        records: List[bytes] = []
-        while left > 0:
+    def _receive(self, connection: "_Connection") -> Iterator[bytes]:
+        joins_records = connection.route[0] == "https" and self.length is not None
+        most = left = sys.maxsize if self.length is None else self.length
+        while left:
             try:
-                data = self._receive(min(left, _TLS_RECORD if records else _CHUNK))
+                if self.chunked:
+                    data = self.read1(_CHUNK)
+                    if (self.chunk_left or 0) < 0:
+                        raise http.client.IncompleteRead(b"")
+                elif joins_records:
+                    # C joins records; a failure loses no more than has come before.
+                    size = max(_TLS_RECORD, most - left)
+                    data = self.fp.read(min(left, size, _CHUNK))
+                else:
+                    data = self.fp.read1(min(left, _CHUNK))
             except _LIBRARY_ERRORS as error:
-                data, failure = b"", _network_error(error, self.url, self.via)
+                # Once stopped, what sockets report says nothing about the body.
+                connection.pool.wait(0)
+                raise _network_error(error, self.asked, is_known=True) from error
             if not data:
                 break
             left -= len(data)
-            if records or (self.size and len(data) == _TLS_RECORD):
-                records.append(data)
-                if len(data) == _TLS_RECORD and len(records) < _TLS_RECORDS and left:
-                    continue
-                data, records = b"".join(records), []
-            if left == 0:
-                # The next request may use the connection while this is delivered.
-                self._release()
             yield data
-        if records:
-            yield b"".join(records)
-        if self._pool.stopped.is_set():
-            # The end is of our own making and says nothing about the body.
-            raise _Stopped
-        if failure is not None:
-            raise failure
-        if self.size is not None and left:
-            text = "%s: the answer ended %d bytes early"
-            raise ContentLengthMismatch(text, _shown(self.url), left)
-        self._release()
+        connection.pool.wait(0)
+        if self.length is not None and left:
+            text = "%s: the response ended %d bytes early"
+            raise ContentLengthMismatch(text, self.asked.where(), left)
+        self._release(is_complete=True)
 
-    def _receive(self, most: int) -> bytes:
-        """What one receive brings of the body; b"" at its end."""
-        if not self._is_bounded:
-            self._lines.wire.relax()
-        try:
-            data = self.read1(most)
-        except _LIBRARY_ERRORS:
-            if self.chunked and re.match(rb"0+\s*(;|\r?\n)", self._lines.last):
-                # The last chunk has come; trailers do not matter.
-                self.close()
-                return b""
-            raise
-        if self.chunked and (self.chunk_left or 0) < 0:
-            raise http.client.IncompleteRead(b"")
-        return data
+    def body(self) -> Iterator[bytes]:
+        """The body in chunks as they arrive; an error if it is cut short."""
+        start, self._start = self._start, b""
+        return filter(None, itertools.chain([start], self._chunks))
 
-    def document(self) -> Iterator[bytes]:
-        """As `pieces`, but the whole body must come within `timeout`."""
-        self._is_bounded = True
-        self._lines.wire.hurry()
-        return self.pieces()
+    def peek(self, n: int = _BEGINNING) -> bytes:
+        """The body's first bytes, or all of it; `body` yields them again."""
+        while len(self._start) < n:
+            data = next(self._chunks, b"")
+            if not data:
+                break
+            self._start += data
+        return self._start[:n]
 
-    def text(self) -> str:
-        """The first part of an error's body; keeps the connection if that is all."""
-        body = b""
+    def read_text(self) -> str:
         with contextlib.suppress(HtsgetException):
-            for data in self.document():
-                body += data
-                if len(body) > _ERROR_LIMIT:
-                    break
+            self.peek(_ERROR_LIMIT)
         self.close()
-        return body[:_ERROR_LIMIT].decode("utf-8", "replace")
-
-    def read(self, amt: Optional[int] = None) -> bytes:
-        """What urllib drops of a redirect's body, bounded."""
-        return self.text().encode()
+        return self._start[:_ERROR_LIMIT].decode("utf-8-sig", "replace")
 
     def close(self) -> None:
         """Drop what was not read, and the connection with it."""
         self._release(is_complete=False)
 
-    def _release(self, is_complete: bool = True) -> None:
-        """Let go of the connection, which is free if the body is complete."""
+    def _release(self, is_complete: bool) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._lines.wire.relax()
+            is_reusable = is_complete and self.is_framed and not self.will_close
+            if not is_reusable:
+                # First, so that closing the file never waits for a reader.
+                connection.shut_down()
             super().close()
-            is_free = is_complete and self.framed and not self.will_close
-            self._pool.take_back(connection, is_free)
+            connection.pool.give_back(connection, is_reusable)
+
+
+def _require_clear_framing(headers: http.client.HTTPMessage) -> None:
+    """HTTPException for a header section that leaves the body's length in doubt."""
+    coding = headers.get("transfer-encoding", "identity").lower()
+    framing = "%s %s" % (coding, headers.get("content-length", "-"))
+    is_clear = re.match(r"(chunked -|identity (-|[0-9]{1,18}))\s*\Z", framing)
+    distinct = [name.lower() for name, _ in set(headers.raw_items())]
+    is_single = max(map(distinct.count, _SINGLE)) < 2
+    # Multipart defects are not in the header section.
+    names = [type(defect).__name__ for defect in headers.defects]
+    is_sound = all(re.search("Multipart|Boundary", name) for name in names)
+    if not (is_clear and is_single and is_sound):
+        raise http.client.HTTPException("malformed or contradictory headers")
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a server, perhaps through a proxy, that another thread can shut
-    down whatever this one waits for."""
+    """A connection that another thread can shut down whatever this one waits for."""
 
     def __init__(self, pool: "_Transport", request: "_Request") -> None:
-        self.route = scheme, host, self._tunnel = _route(request)
-        # A proxy is spoken to in plain http.
-        _, name, port = _origin(("http" if self._tunnel else scheme) + "://" + host)
-        super().__init__(name, port, timeout=request.timeout)
-        # URL, proxy and whether there was a login, of the last request; and its form
-        # (see `_form`), until its answer comes.
-        self.asked = ("", "", False)
-        self._sent: Any = None
         self.pool = pool
-        # What http.client makes an answer with.
-        self.response_class: Any = functools.partial(_Answer, self)
-        self._proxy_login = request.headers.get("Proxy-authorization")
-        # Also while http.client has handed its socket to the answer.
-        self._socket: Optional[socket.socket] = None
+        self.route = scheme, host, tunnel = request.route()
+        self.default_port = 443 if scheme == "https" else 80
+        # Also while http.client has handed its socket to the response.
+        self._socket: Any = None
+        # A proxy is spoken to in plain http.
+        _, name, port = _origin(("http" if tunnel else scheme) + "://" + host)
+        super().__init__(name, port, timeout=request.timeout)
+        if tunnel:
+            target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
+            self.set_tunnel(target, headers=dict(request.proxy_login(), Host=target))
 
     def connect(self) -> None:
-        """Open the connection (called by http.client)."""
-        failure = OSError("no address for %s" % self.host)
-        for *kind, _, address in self.pool.hosts.resolve(self.host, self.port):
-            try:
-                self._watch(socket.socket(*kind))
-                self.sock.settimeout(self.timeout)
-                self.sock.connect(address)
-                break
-            except OSError as error:
-                failure = error
-                if error.errno in _TOO_MANY_FILES:
-                    raise
-                if self.sock is not None:
-                    self.sock.close()
-                self.pool.hosts.silent.add(address)
-        else:
-            raise failure
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tunnel:
-            self._open_tunnel(self._tunnel)
-        if self.route[0] == "https":
-            name = urllib.parse.urlsplit("//" + (self._tunnel or "")).hostname
-            given = self.pool.options.ssl_context
-            wrapped = _notice_cut_tls(given or _default_ssl_context()).wrap_socket(
+        super().connect()
+        self._socket = self.sock
+        # Whoever stops the transfer either sees the socket, or is seen here.
+        self.pool.wait(0)
+        scheme, host, tunnel = self.route
+        if scheme == "https":
+            self.sock = self._socket = self.pool.ssl_context().wrap_socket(
                 self.sock,
-                server_hostname=name or self.host,
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=False,
+                server_hostname=_origin("//" + (tunnel or host))[1],
             )
-            self._watch(wrapped)
-            wrapped.do_handshake()
+            self.pool.wait(0)
+            self.sock.do_handshake()
 
-    def _watch(self, sock: Any) -> None:
-        """Take up a socket; from here on `shut_down` reaches it."""
-        self.sock = self._socket = sock
-        if self.pool.stopped.is_set():
-            raise _Stopped
+    def exchange(self, request: "_Request") -> _Response:
+        """Send a request and read the header section of its response."""
+        headers = dict(request.unredirected_hdrs, **dict(request.own.values()))
+        if not self.route[2]:
+            headers.update(request.proxy_login())
+        self.request(request.get_method(), request.selector, request.data, headers)
+        # Not before: a proxy's response to CONNECT is of the library's class.
+        self.response_class: Any = functools.partial(_Response, self, request)
+        return self.getresponse()  # type: ignore
 
-    def _open_tunnel(self, tunnel: str) -> None:
-        """CONNECT, as http.client's own leaves out Host and the brackets of IPv6."""
-        target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
-        lines = ["CONNECT %s HTTP/1.1" % target, "Host: " + target]
-        if self._proxy_login:
-            lines.append("Proxy-Authorization: " + self._proxy_login)
-        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
-        answer = self.response_class(self.sock, method="CONNECT")
-        try:
-            answer.begin()
-            if answer.status // 100 != 2:
-                raise _refusal(answer, "proxy")
-        finally:
-            http.client.HTTPResponse.close(answer)
-
-    def _form(self, request: "_Request") -> Any:
-        """What is sent of a request: method, target, body and headers."""
-        headers = dict(request.unredirected_hdrs, **request.headers)
-        if self._tunnel:
-            headers.pop("Proxy-authorization", None)
-        titled = {name.title(): value for name, value in headers.items()}
-        return request.get_method(), request.selector, request.data, titled
-
-    def has_sent(self, request: "_Request") -> bool:
-        """Whether this very request was sent ahead."""
-        return self._sent is not None and self._sent == self._form(request)
-
-    def ask(self, request: "_Request") -> None:
-        """Send a request, unless it was sent ahead."""
-        _require_private(request.full_url, request.headers)
-        if self._sent is None:
-            form = self._form(request)
-            self.asked = request.full_url, _via(request), "Authorization" in form[3]
-            self.request(*form)
-            self._sent = form
-
-    def exchange(self, request: "_Request") -> _Answer:
-        """Send a request and read the head of its answer."""
-        self.ask(request)
-        answer: Any = self.getresponse()
-        self._sent = None
-        self.pool.hosts.reached.add(self.host)
-        return answer  # type: ignore
-
-    def is_clean(self) -> bool:
-        """Whether nothing was sent ahead, and nothing has come unasked: neither the
-        connection's end nor bytes."""
-        pending = getattr(self.sock, "pending", int)
-        with contextlib.suppress(OSError, ValueError):
-            return not (self._sent or pending() or _is_readable(self.sock))
+    def is_usable(self) -> bool:
+        """Whether nothing has arrived while idle: neither the end nor bytes."""
+        with contextlib.suppress(ValueError):
+            has_record = self.route[0] == "https" and self._socket.pending()
+            return not (has_record or select.select([self._socket], [], [], 0)[0])
+        # A descriptor beyond what select() can handle.
         return False
 
     def shut_down(self) -> None:
         """End it; a thread that waits for it wakes up."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # SSLSocket.shutdown would take the TLS state from under a reader.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, TypeError):
+            # SSLSocket.shutdown would take the TLS state from under a reader.
+            socket.socket.shutdown(self._socket or self.sock, socket.SHUT_RDWR)
 
 
 class _Request(urllib.request.Request):
-    """A request that knows whose headers it carries.
+    """A request with its `own` headers, which are for one origin only if `is_private`.
+    The library adds the login for the proxy to `headers`, and cookies elsewhere."""
 
-    `private` headers are the caller's and for one origin only; the others are those
-    of a data block and follow its redirects.
-    """
-
-    def __init__(
-        self, url: str, headers: Dict[str, str], body: Any, private: bool, jar: Any
-    ) -> None:
+    def __init__(self, url: str, own: _Headers, body: Any, private: bool) -> None:
         # The origin's host matters for cookies of third parties only.
-        super().__init__(url, body, headers, origin_req_host="")
-        self.add_unredirected_header("User-agent", "htsget.py/" + __version__)
-        # The stock ProxyHandler adds to `headers` what is for the proxy only.
-        self.own_headers = headers
-        self.private = private
-        # The cookies that were set on the way, if any.
-        self.jar = jar
+        super().__init__(url.partition("#")[0], body, origin_req_host="")
+        self.own = own
+        self.is_private = private
+
+    def route(self) -> Tuple[str, str, Optional[str]]:
+        """The scheme, the host (or proxy), and what a proxy shall connect to."""
+        return self.type, self.host or "", getattr(self, "_tunnel_host", None)
+
+    def proxy_login(self) -> Dict[str, str]:
+        return {name.title(): value for name, value in self.headers.items()}
+
+    def where(self) -> str:
+        _, host, tunnel = self.route()
+        via = " (through the proxy %s)" % host if tunnel or self.has_proxy() else ""
+        return _shown(self.full_url) + via
 
 
-def _route(request: _Request) -> Tuple[str, str, Optional[str]]:
-    """What a connection for a request is made for: the scheme, the host (or proxy), and
-    the host that a proxy shall connect to, if any."""
-    return request.type, request.host or "", getattr(request, "_tunnel_host", None)
+class _Transport(urllib.request.BaseHandler):
+    """Exchanges requests for responses until it is stopped, as the opener's handler
+    for http and https; there are never more connections open than the limit."""
 
-
-def _via(request: _Request) -> str:
-    """The proxy (host and port) that a request goes through, if any."""
-    _, host, tunnel = _route(request)
-    return host if tunnel or request.has_proxy() else ""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects without leaking headers to another origin."""
-
-    # An archive needs one or two.
-    max_redirections = 10
-
-    def http_response(self, request: _Request, answer: _Answer) -> Any:
-        """Follow a redirect, if the answer is one (called by the opener)."""
-        if answer.status not in (301, 302, 303, 307, 308):
-            return answer
-        head: Any = (answer.status, answer.reason, answer.headers)
-        try:
-            # Without Location there is nowhere to go: a refusal.
-            return self.http_error_302(request, answer, *head) or answer
-        except urllib.error.HTTPError as error:
-            is_endless = str(error.msg).startswith(self.inf_msg)
-            problem = "too many redirects" if is_endless else "not to http or https"
-        except HtsgetException:
-            answer.close()
-            raise
-        except ValueError:
-            problem = "its target is not a URL that can be fetched"
-        answer.close()
-        shown = _shown(request.full_url)
-        raise ProtocolError("%s: cannot follow the redirect: %s", shown, problem)
-
-    https_response = http_response
-
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> _Request:
-        """The request to the redirect's target (called by the stock handler)."""
-        if _url_problem(newurl):
-            raise ValueError
-        url, login = _without_userinfo(newurl)
-        own = dict(self._headers(req, url), **login)
-        # A POST keeps its method, or its regions would be lost; but 303 means GET.
-        body = None if code == 303 else req.data
-        jar = req.jar
-        if jar is None and headers.get("set-cookie"):
-            import http.cookiejar
-
-            jar = http.cookiejar.CookieJar()
-        new = _Request(url, own, body, req.private, jar)
-        if jar is not None:
-            jar.extract_cookies(fp, req)
-            jar.add_cookie_header(new)
-        return new
-
-    @staticmethod
-    def _headers(request: _Request, url: str) -> Dict[str, str]:
-        """The headers that may go on to a redirect's target."""
-        before, after = _origin(request.full_url), _origin(url)
-        if before == after:
-            return request.own_headers
-        headers = {k: v for k, v in request.own_headers.items() if k != "Host"}
-        if request.private:
-            public = ("Accept", "Content-Type")
-            return {name: headers[name] for name in public if name in headers}
-        is_downgrade = (before[0], after[0]) == ("https", "http")
-        if is_downgrade and set(headers) - {"Range", "If-Range"}:
-            text = "%s redirects to plain http, where block headers must not be sent"
-            raise ProtocolError(text, _shown(request.full_url))
-        return headers
-
-
-class _Proxies(urllib.request.ProxyHandler):
-    """The stock handler, for the proxies that are supported and not bypassed."""
-
-    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
-        """Send a request through the proxy, if it applies (called by the opener)."""
-        if _via(req) or _proxy_for(type, req.host) is None:
-            return None
-        problem = _proxy_problem(type, proxy)
-        if problem:
-            raise ProtocolError("the proxy for %s %s", type, problem)
-        return super().proxy_open(req, proxy, type)
-
-
-def _proxies() -> Dict[str, str]:
-    """The proxies by scheme; ALL_PROXY where a scheme has none of its own."""
-    known = urllib.request.getproxies()
-    found = {name: known.get(name) or known.get("all") for name in ("http", "https")}
-    return {name: proxy for name, proxy in found.items() if proxy}
-
-
-def _proxy_for(scheme: str, host: str) -> Optional[str]:
-    """The proxy for a host (with port), unless no_proxy names the host, a suffix of
-    it, its address or a network of it."""
-    proxy = _proxies().get(scheme)
-    if not proxy or urllib.request.proxy_bypass(host):
-        return None
-    import ipaddress
-
-    exceptions = urllib.request.getproxies().get("no", "").split(",")
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(_origin("//" + host)[1])
-        for entry in exceptions:
-            with contextlib.suppress(ValueError):
-                if address in ipaddress.ip_network(entry.strip(" []"), strict=False):
-                    return None
-    return proxy
-
-
-def _proxy_problem(scheme: str, proxy: str) -> Optional[str]:
-    """Why a proxy cannot be used, in words that do not show its login."""
-    url = proxy if "://" in proxy else "http://" + proxy
-    if url.lower().startswith("socks"):
-        return "is a SOCKS proxy, which is not supported; use an HTTP proxy"
-    if _url_problem(url):
-        return "is not a URL such as http://HOST:PORT"
-    if scheme == "https" and url.lower().startswith("https"):
-        return "is an https:// proxy, which is not supported for https; use http://"
-    return None
-
-
-class _Transport(urllib.request.AbstractHTTPHandler):
-    """Exchanges requests for answers, until it is stopped, over connections that are
-    kept and used again; there are never more than `connections`. The stock handlers
-    close after each answer."""
-
-    def __init__(self, options: _Options, hosts: _Hosts) -> None:
-        super().__init__()
-        self.hosts = hosts
-        self.stopped = threading.Event()
-        self.options = options
+    def __init__(self, options: _Options, user_agent: Optional[str] = None) -> None:
+        self._user_agent = user_agent or "htsget.py/" + __version__
+        self._timeout = options.timeout and min(options.timeout, _LONGEST_TIMEOUT)
+        self._ssl_context = options.ssl_context
         self._opener = urllib.request.OpenerDirector()
-        for handler in (_Proxies(_proxies()), self, _Redirects()):
+        cookies = urllib.request.HTTPCookieProcessor()
+        for handler in (_Proxies(_proxies()), self, cookies, _Redirects()):
             self._opener.add_handler(handler)
-        self._lock = threading.Lock()
+        # Routes on which a response has arrived.
+        self._reached: Set[Any] = set()
+        self._stopped = threading.Event()
+        # Reentrant, as the garbage collector may close a response.
+        self._lock = threading.RLock()
+        self._most = options.connections
         self._open: Set[_Connection] = set()
         # Longest idle first.
         self._idle: List[_Connection] = []
 
-    def wait(self, seconds: float) -> None:
-        """Wait, unless the transport is stopped."""
-        if self.stopped.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX))):
-            raise _Stopped
-
     def request(
-        self, url: str, headers: Dict[str, str], body: Any = None, private: bool = False
-    ) -> _Answer:
-        """The answer to a request after redirects, whatever its status."""
-        request: Any = _Request(url, headers, body, private, jar=None)
-        timeout = self.options.timeout and min(self.options.timeout, _LONGEST_TIMEOUT)
-        answer: Any = self._opener.open(request, timeout=timeout)
-        if _log.isEnabledFor(logging.DEBUG):
-            method, shown = request.get_method(), _shown(answer.url)
-            _log.debug("%s %s: %d", method, shown, answer.status)
-        elsewhere = answer.login and _origin(answer.url) != _origin(url)
-        if elsewhere and not private and answer.status in (400, 401, 403):
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        body: Optional[bytes] = None,
+        private: bool = False,
+        fresh: bool = False,
+    ) -> _Response:
+        """The response after redirects. `private`: the headers are the caller's."""
+        pairs = [("User-Agent", self._user_agent), *headers.items()]
+        own = {k.lower(): (k, v) for k, v in pairs if k.lower() not in _FRAMING_HEADERS}
+        if fresh:
+            self.close_idle()
+        request: Any = _Request(url, own, body, private)
+        response: Any = self._opener.open(request, timeout=self._timeout)
+        has_moved = _origin(response.url) != _origin(request.full_url)
+        is_refused = not private and response.status in (400, 401, 403)
+        if has_moved and is_refused and "authorization" in own:
             # A signed URL does not bear a second login.
-            answer.text()
-            other = {k: v for k, v in headers.items() if k not in _OF_ONE_ORIGIN}
-            return self.request(answer.url, other)
-        return answer  # type: ignore
+            response.read_text()
+            del own["authorization"]
+            return self.request(response.url, dict(own.values()), fresh=fresh)
+        return response  # type: ignore
 
-    def ask_ahead(self, url: str, headers: Dict[str, str]) -> None:
-        """Send a request whose answer is wanted soon, if an idle connection (without
-        a proxy) is there for it; the same `request` takes up the answer."""
-        asked = _Request(url, headers, body=None, private=False, jar=None)
-        request: Any = self.http_request(asked)
-        connection = self._take_idle(request)
-        if connection is not None:
-            try:
-                connection.ask(request)
-                self.take_back(connection, True)
-            except _LIBRARY_ERRORS:
-                self.take_back(connection, False)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def http_open(self, request: _Request) -> _Answer:
-        """Exchange a request for an answer (called by the opener)."""
+    def http_open(self, req: _Request) -> _Response:
+        """Exchange a request for a response (called by the opener)."""
+        _require_private(req.full_url, dict(req.own.values()))
         while True:
-            idle = self._take_idle(request)
-            connection = idle or self._new(request)
+            connection = self._take(req)
+            is_reused = connection.sock is not None
             try:
-                return connection.exchange(request)
-            except BaseException as error:
-                self.take_back(connection, False)
-                if self.stopped.is_set():
+                response = connection.exchange(req)
+                self._reached.add(connection.route)
+                _log_exchange(response)
+                return response
+            except Exception as error:
+                self.give_back(connection, is_reusable=False)
+                if self._stopped.is_set():
                     raise _Stopped from None
-                if idle and isinstance(error, _DEAD):
+                if is_reused and isinstance(error, _DEAD):
                     # It died while it was idle: that costs no retry.
                     continue
-                ours = isinstance(error, HtsgetException)
-                if ours or not isinstance(error, _LIBRARY_ERRORS):
-                    raise
-                url, via = request.full_url, _via(request)
-                failure = _network_error(error, url, via, self.hosts.reached)
+                is_known = connection.route in self._reached
+                failure = _network_error(error, req, is_known)
             # Outside of the handler: its exception may hold what must not be shown.
             raise failure
 
     https_open = http_open
 
-    def _take_idle(self, request: _Request) -> Optional[_Connection]:
-        """The connection where a request was sent ahead, or else the last used one."""
-        route = _route(request)
-        while True:
-            with self._lock:
-                fitting = [one for one in self._idle if one.route == route]
-                asked = [one for one in fitting if one.has_sent(request)]
-                if not fitting:
-                    return None
-                connection = (asked or fitting)[-1]
+    def ssl_context(self) -> ssl.SSLContext:
+        return _notice_cut_tls(self._ssl_context or _default_ssl_context())
+
+    def _take(self, request: _Request) -> _Connection:
+        with self._lock:
+            self.wait(0)
+            route = request.route()
+            for connection in [one for one in self._idle[::-1] if one.route == route]:
                 self._idle.remove(connection)
-            if asked or connection.is_clean():
-                return connection
-            self.take_back(connection, False)
-
-    def _new(self, request: _Request) -> _Connection:
-        connection = _Connection(self, request)
-        with self._lock:
-            if self.stopped.is_set():
-                raise _Stopped
+                if connection.is_usable():
+                    return connection
+                self.give_back(connection, is_reusable=False)
+            connection = _Connection(self, request)
             self._open.add(connection)
-        self.close_idle(max(0, len(self._open) - self.options.connections))
-        return connection
+            self.close_idle(self._most)
+            return connection
 
-    def take_back(self, connection: _Connection, is_free: bool) -> None:
-        """Keep a connection that is free, or close it."""
+    def give_back(self, connection: _Connection, is_reusable: bool) -> None:
         with self._lock:
-            if is_free and not self.stopped.is_set():
+            if is_reusable and not self._stopped.is_set():
                 self._idle.append(connection)
-                return
-            self._open.discard(connection)
-        connection.close()
+            else:
+                self._open.discard(connection)
+                connection.close()
+            self.close_idle(self._most)
 
-    def close_idle(self, most: Optional[int] = None) -> bool:
-        """Close idle connections (all, or that many), if there are any."""
+    def close_idle(self, most: int = 0) -> None:
+        """Close idle connections while more than `most` connections are open."""
         with self._lock:
-            idle = self._idle[:most]
-            del self._idle[:most]
-        for connection in idle:
-            self.take_back(connection, False)
-        return bool(idle)
+            while self._idle and len(self._open) > most:
+                connection = self._idle.pop(0)
+                self._open.discard(connection)
+                connection.close()
+
+    def limit(self, most: int) -> None:
+        self._most = most
+        self.close_idle(most)
+
+    def wait(self, seconds: float) -> None:
+        if self._stopped.wait(max(0.0, min(seconds, threading.TIMEOUT_MAX))):
+            raise _Stopped
 
     def stop(self) -> None:
-        """End every connection, in use or not, for good."""
-        self.stopped.set()
+        self._stopped.set()
         self.close_idle()
         with self._lock:
             for connection in self._open:
                 connection.shut_down()
 
 
-# Headers that another origin than the first does not need.
-_OF_ONE_ORIGIN = ("Authorization", "Host")
+def _log_exchange(response: _Response) -> None:
+    """One line with what the help desk of an archive needs."""
+    if _log.isEnabledFor(logging.DEBUG):
+        asked, length = response.asked, response.length
+        span = _printable(asked.own.get("range", ("", "no Range"))[1], 60)
+        size = "unknown" if length is None else length
+        details = asked.get_method(), asked.where(), span, response.status, size
+        _log.debug("%s %s (%s): %d, length %s", *details)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects (at most ten) without leaking headers to another origin."""
+
+    def http_response(self, request: _Request, response: Any) -> Any:
+        """Follow a redirect, if the response is one (called by the opener)."""
+        status, headers = response.status, response.headers
+        if status not in (301, 302, 303, 307, 308) or "location" not in headers:
+            return response
+        response.read_text()
+        try:
+            return self.http_error_302(request, response, status, "", headers)
+        except (urllib.error.HTTPError, ValueError) as error:
+            if isinstance(error, HtsgetException):
+                raise
+        # Outside of the handler: its exception shows the URL's query.
+        text = "%s: too many redirects, or to something that is not a http(s) URL"
+        raise ProtocolError(text, request.where())
+
+    https_response = http_response
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> _Request:
+        """The request to the redirect's target (called by the library)."""
+        if _url_problem(newurl):
+            raise ValueError
+        url, _ = _without_userinfo(newurl)
+        # A POST keeps its method, or its regions would be lost; but 303 means GET.
+        body = None if code == 303 else req.data
+        return _Request(url, _redirected_headers(req, url), body, req.is_private)
+
+
+def _redirected_headers(request: _Request, url: str) -> _Headers:
+    own, before, after = request.own, _origin(request.full_url), _origin(url)
+    if before == after:
+        return own
+    if request.is_private:
+        return {name: own[name] for name in own if name in _PUBLIC}
+    if (before[0], after[0]) == ("https", "http") and not set(own).issubset(_HARMLESS):
+        text = "%s redirects to plain http, where block headers must not be sent"
+        raise ProtocolError(text, request.where())
+    return {name: own[name] for name in own if name != "host"}
+
+
+class _Proxies(urllib.request.ProxyHandler):
+    """The library's handler, for the proxies that are supported and not bypassed."""
+
+    def proxy_open(self, req: Any, proxy: str, type: str) -> Any:
+        """Send a request through the proxy, if it applies (called by the opener)."""
+        if not proxy or _proxy_for(type, req.host) is None:
+            return None
+        problem = _url_problem(proxy if "://" in proxy else "http://" + proxy)
+        if problem:
+            text = "the proxy for %s cannot be used: %s; SOCKS is not supported"
+            raise ProtocolError(text, type, problem)
+        # A proxy is spoken to in plain http, also if its URL says https.
+        return super().proxy_open(req, proxy.rpartition("://")[2], type)
+
+
+def _proxies() -> Dict[str, str]:
+    known = urllib.request.getproxies()
+    return {name: known.get(name) or known.get("all", "") for name in ("http", "https")}
+
+
+def _proxy_for(scheme: str, netloc: str) -> Optional[str]:
+    """The proxy for a host, unless no_proxy names it, its domain or its network."""
+    from ipaddress import ip_address, ip_network
+
+    proxy = _proxies()[scheme]
+    if not proxy or urllib.request.proxy_bypass(netloc):
+        return None
+    host = _origin("//" + netloc)[1]
+    excluded = urllib.request.getproxies().get("no", "").lower()
+    for entry in re.split(r"[][\s,]+", excluded):
+        is_suffix = entry.startswith("*.") and host.endswith(entry[1:])
+        with contextlib.suppress(ValueError):
+            if is_suffix or ip_address(host) in ip_network(entry, strict=False):
+                return None
+    return proxy
 
 
 def _default_ssl_context(cacert: Optional[str] = None) -> ssl.SSLContext:
     """The context for a file or folder of certificates and the environment."""
-    return _ssl_context(cacert, *map(os.environ.get, _CA_VARIABLES))
+    known = os.environ.get
+    path = cacert or known("REQUESTS_CA_BUNDLE") or known("CURL_CA_BUNDLE")
+    return _ssl_context(path, known("SSL_CERT_FILE"), known("SSL_CERT_DIR"))
 
 
 # Building a context takes 20 ms.
 @functools.lru_cache(maxsize=8)
-def _ssl_context(*paths: Optional[str]) -> ssl.SSLContext:
-    """Verifying, TLS 1.2 or later, for exactly these values."""
-    named = [pair for pair in zip(["--cacert", *_CA_VARIABLES], paths) if pair[1]]
-    context = ssl.create_default_context()
-    for name, path in named:
-        if not os.path.exists(path or ""):
-            raise RequestError("%s: no certificates at %s", name, path)
-    # OpenSSL has read SSL_CERT_FILE and SSL_CERT_DIR by itself.
-    for name, path in [pair for pair in named if pair[0][:4] != "SSL_"][:1]:
-        kind = "capath" if os.path.isdir(path or "") else "cafile"
+def _ssl_context(path: Optional[str], *_: Optional[str]) -> ssl.SSLContext:
+    """A context. OpenSSL itself reads the paths of SSL_CERT_FILE and SSL_CERT_DIR."""
+    try:
+        context = ssl.create_default_context()
+    except OSError as error:
+        _log.warning("SSLKEYLOGFILE cannot be opened and is ignored: %s", error)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_default_certs()
+    # Some servers close connections without ALPN.
+    context.set_alpn_protocols(["http/1.1"])
+    _require_tls_1_2(context)
+    if path:
+        kind = "capath" if os.path.isdir(path) else "cafile"
         try:
             context.load_verify_locations(**{kind: path})
         except OSError as error:
-            text = "%s: cannot read certificates from %s: %s"
-            raise RequestError(text, name, path, error) from None
-    _require_tls_1_2(context)
+            text = "cannot read certificates from %s: %s"
+            raise RequestError(text, path, error) from None
     return context
-
-
-def _has_no_certificates() -> bool:
-    """Whether this Python finds no CA certificates at all."""
-    paths = ssl.get_default_verify_paths()
-    folder = paths.capath if paths.capath and os.listdir(paths.capath) else None
-    loaded = _default_ssl_context().cert_store_stats()["x509"]
-    return not (loaded or paths.cafile or folder)
-
-
-@functools.lru_cache(maxsize=64)
-def _origin(url: str) -> Tuple[str, str, int]:
-    """Scheme, host and port of a URL."""
-    parts = urllib.parse.urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    return parts.scheme, parts.hostname or "", port
-
-
-def _network_error(
-    error: Exception, url: str, via: str, reached: Iterable[str] = ()
-) -> HtsgetException:
-    """The exception of ours for one of the standard library's, which becomes its cause
-    unless its text may hold what must not be shown."""
-    where = _shown(url) + (" (through the proxy %s)" % via if via else "")
-    text = _printable(getattr(error, "strerror", None) or str(error), 150)
-    host = _origin("http://" + via if via else url)[1]
-    number, tls_problem = getattr(error, "errno", 0), _tls_problem(error)
-    is_unknown = number in _NO_SUCH_HOST and host not in reached
-    words = text or type(error).__name__
-    failure: HtsgetException = RetryableIOError("%s: %s" % (where, words), error)
-    if tls_problem:
-        failure = ProtocolError("%s: %s", where, tls_problem)
-    elif isinstance(error, socket.gaierror) and is_unknown:
-        failure = ProtocolError("%s: cannot find the host: %s", where, text)
-    elif isinstance(error, http.client.IncompleteRead):
-        failure = ContentLengthMismatch("%s: the answer was cut short", where)
-    elif type(error) is http.client.BadStatusLine:
-        return RetryableIOError("%s: the answer is not HTTP" % where)
-    elif isinstance(error, (ValueError, http.client.InvalidURL)):
-        return ProtocolError("%s: the request cannot be sent", where)
-    elif isinstance(error, socket.timeout):
-        failure = RetryableIOError("%s: timed out waiting for data" % where, error)
-    return failure._marked(__cause__=error, _crowded=number in _TOO_MANY_FILES)
-
-
-def _tls_problem(error: Exception) -> Optional[str]:
-    """What is wrong with the server's TLS for good, if that is it."""
-    reason = str(getattr(error, "reason", ""))
-    # Python 3.6 has a CertificateError of its own.
-    if reason == "CERTIFICATE_VERIFY_FAILED" or isinstance(error, ssl.CertificateError):
-        text = _printable(getattr(error, "verify_message", "") or str(error), 150)
-        # Python 3.6 does not say why.
-        if re.search(r"local issuer|self[ -]signed|verify failed \(_ssl", text):
-            if _has_no_certificates():
-                return (
-                    "this Python has no CA certificates: set SSL_CERT_FILE or use "
-                    "--cacert"
-                )
-            text += "; for a private authority, use --cacert or SSL_CERT_FILE"
-        return "the server's certificate is not trusted: " + text
-    if isinstance(error, ssl.SSLError):
-        # Python 3.6 does not know the newer reasons, but shows them.
-        shown = reason + str(error).upper().replace(" ", "_")
-        for pattern, words in _TLS_FAILURES.items():
-            if re.search(pattern, shown):
-                return "%s (%s)" % (words, _printable(reason or str(error), 60))
-    return None
-
-
-def _explanation(text: str) -> Tuple[str, str]:
-    """The error and message in a body: JSON of whatever make, XML, HTML or text."""
-    string = r'("(?:[^"\\]|\\.)*")'
-    keys = ("message", "userMessage", "detail", "title", "msg")
-    if re.match(r'\s*(\{|\[\s*[{"])', text):
-        # Nothing else of a JSON document is shown: it might be a ticket.
-        found = re.findall(r'"(error|%s)"\s*:\s*%s' % ("|".join(keys), string), text)
-        said = {key: json.loads(value, strict=False) for key, value in reversed(found)}
-        messages = [said[key] for key in keys if key in said]
-        return said.get("error", ""), "".join(messages[:1])
-    marked = re.findall(r"(?is)<(title|Code|Message)\b[^>]*>(.*?)</\1>", text)
-    if marked and re.match(r"\s*<", text):
-        import html
-
-        return "", html.unescape(": ".join(inner for _, inner in marked))
-    return "", re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^<>]*>", " ", text)
-
-
-def _refusal(answer: _Answer, asked: str) -> HtsgetException:
-    """The exception for an answer that is an error (spec: "Errors")."""
-    text = answer.text()
-    error = message = ""
-    with contextlib.suppress(ValueError):
-        error, message = _explanation(text)
-    login = answer.login
-    if asked == "proxy" or answer.status == 407:
-        asked = "proxy"
-        scheme, host, _ = _origin(answer.url)
-        login = "@" in (_proxy_for(scheme, host) or "")
-    where = _shown(answer.url)
-    if answer.via:
-        where += " (through the proxy %s)" % answer.via
-    refused = ClientError(
-        answer.status,
-        _printable(error or answer.reason, 80),
-        _printable(message),
-        where,
-        text,
-        asked + (" with login" if login and asked != "data block" else ""),
-    )
-    if answer.status not in _RETRIED_STATUS:
-        return refused
-    # By the server's clock: this machine's may be wrong.
-    now = _timestamp(answer.fields.get("date", ""), time.time())
-    return RetryableIOError(str(refused), refused)._marked(
-        _retry_after=_retry_after(answer.fields.get("retry-after"), now),
-        _crowded=answer.status in _CROWDED_STATUS,
-    )
-
-
-# ---- reading one part of a block
-#
-# There are three ways to ask for a block's bytes. Each block begins with the first one
-# that its ticket allows, and only moves down. A part delivers its bytes once, in order;
-# where it cannot go on it raises `_Restart`.
-
-# Any sub-range may be asked for.
-_RANGES = 0
-# Only the ticket's own request, to the letter: its Range is signed or cannot be read,
-# or the server refuses or misunderstands any other.
-_OWN = 1
-# The server answers the Range with the whole file; the slice is cut out.
-_WHOLE = 2
-_WAYS = ("in ranges", "only as the ticket does", "by cutting it out of the whole file")
-
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})\Z")
-_CONTENT_RANGE = re.compile(
-    r"(?:bytes\b)?[ =:]*([0-9]{1,18})-([0-9]{1,18})(?:/([0-9]{1,18}|\*))?\Z", re.I
-)
-_NO_CONTENT_RANGE = re.compile(r"bytes \*/([0-9]{1,18})\Z", re.I)
-_Pieces = Generator[bytes, None, None]
-
-_SIGNED = re.compile(r"[?&]X-Amz-SignedHeaders=([^&]*)", re.I)
-
-
-class _Resource:
-    """What is behind a URL that several blocks may share: its validators and size.
-    Each is learned once, and kept until the object is known to have changed."""
-
-    def __init__(self, first: int) -> None:
-        # The first of the blocks that share it.
-        self.first = first
-        # Whether a Range was answered with 206, or with the whole file.
-        self.is_ranged = self.is_rangeless = False
-        # ETag, Last-Modified and size.
-        self.known: List[Any] = ["", "", None]
-        self._is_vouched = False
-
-    def condition(self) -> Optional[str]:
-        """The If-Range header; only a strong ETag will do (RFC 9110, 13.1.5)."""
-        is_strong = self.known[0].startswith('"') and not self._is_vouched
-        return self.known[0] if is_strong else None
-
-    def conflict(self, answer: _Answer) -> str:
-        """How an answer contradicts what is known, in words; like is compared with
-        like, and what is missing says nothing."""
-        (etag, date, total), (new_etag, new_date, new) = self.known, _evidence(answer)
-        if self._is_vouched:
-            return ""
-        if None not in (total, new) and total != new:
-            return "%d bytes, then %d" % (total, new)
-        if etag and new_etag:
-            is_same = etag.replace("W/", "", 1) == new_etag.replace("W/", "", 1)
-            return "" if is_same else "ETag %s, then %s" % (etag, new_etag)
-        if date and new_date and not _is_same_date(date, new_date):
-            return "Last-Modified %s, then %s" % (date, new_date)
-        return ""
-
-    def learn(self, answer: _Answer, total: Optional[int]) -> None:
-        """Take up an answer's validators, and the size that it shows."""
-        etag, date, said = _evidence(answer)
-        known_etag, known_date, known = self.known
-        size = known if known is not None else total if said is None else said
-        self.known = [known_etag or etag, known_date or date, size]
-        self.is_ranged = self.is_ranged or answer.status == 206
-
-    def vouch(self, answer: _Answer) -> bool:
-        """Leave it to the ticket's MD5 whether it is one object, if sizes agree."""
-        total = _evidence(answer)[2]
-        self._is_vouched = total is not None and total == self.known[2]
-        return self._is_vouched
-
-    def ignores_ranges(self) -> None:
-        """The whole file came for a Range: so it will for other blocks."""
-        self.is_rangeless = True
-
-    def recall(self, known: List[Any]) -> None:
-        """Take up what an earlier run knew, or nothing."""
-        self.known = known
-
-
-def _evidence(answer: _Answer) -> Tuple[str, str, Any]:
-    """ETag, Last-Modified and the size of the whole file, as far as an answer has them
-    and can be believed: some servers give the length of the slice as the size."""
-    fields = answer.fields
-    etag, date = fields.get("etag", ""), fields.get("last-modified", "")
-    text = fields.get("content-range", "")
-    first, stop, total = _content_range(text) or (0, 0, None)
-    is_believed = total is not None and total >= stop and total != stop - first
-    return etag.strip(), date.strip(), total if is_believed else None
 
 
 @functools.lru_cache(maxsize=64)
 def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
-    """Where the first byte of an answer lies in its file, where the last one ends, and
-    the file's size if that is given, by a Content-Range; None if it does not say so."""
-    match = _CONTENT_RANGE.match(text.strip())
+    """First byte, end (exclusive) and total of a Content-Range; None if malformed."""
+    match = re.match(_CONTENT_RANGE + r"\Z", text.strip(), re.A | re.I)
     if match is None:
         return None
-    first, last, total = match.groups()
-    return int(first), int(last) + 1, None if total in (None, "*") else int(total)
+    first, stop = int(match.group(1)), int(match.group(2)) + 1
+    total = None if match.group(3) == "*" else int(match.group(3))
+    # Some servers give the length of the slice as the total.
+    is_possible = total in (None, stop - first) or stop <= (total or 0)
+    return (first, stop, total) if first < stop and is_possible else None
 
 
-def _is_same_date(*dates: str) -> bool:
-    """Whether two dates are those of mirrors; a malformed one says nothing."""
-    with contextlib.suppress(*_NO_DATE):
-        one, other = map(email.utils.parsedate_to_datetime, dates)
-        return abs((one - other).total_seconds()) <= _DATE_TOLERANCE
-    return True
+def _network_error(error: Exception, request: _Request, is_known: bool) -> Exception:
+    """The exception of ours for one of the library's, which becomes its cause unless it
+    may hold a secret. `is_known`: the server has responded before."""
+    if isinstance(error, HtsgetException) or not isinstance(error, _LIBRARY_ERRORS):
+        return error
+    where = request.where()
+    words = getattr(error, "strerror", "") or str(error) or type(error).__name__
+    refused = re.match("Tunnel connection failed: ([0-9]+) ?(.*)", words)
+    if refused:
+        status, reason = int(refused.group(1)), _printable(refused.group(2), 80)
+        place = "proxy with login" if request.headers else "proxy"
+        text = "the proxy refused to connect"
+        return _failure(ClientError(status, reason, text, where, "", place), {})
+    words = _printable(words, 150)
+    problem = _permanent_problem(error, words, is_known)
+    if problem:
+        return ProtocolError("%s: %s", where, problem)
+    if isinstance(error, http.client.IncompleteRead):
+        return ContentLengthMismatch("%s: the response was cut short", where)
+    return RetryableIOError("%s: %s" % (where, words), error)
 
 
-class _Block:
-    """A data block: where its bytes lie, and what its server has shown of them."""
-
-    def __init__(self, index: int, entry: DataBlock, resource: _Resource) -> None:
-        self.index = index
-        self.resource = resource
-        # Bytes in the block, None where only its end will tell; the size by the Range;
-        # the furthest end that the server has announced before it sent the data.
-        self.size: Optional[int] = None
-        self._range_size: Optional[int] = None
-        self.announced: Optional[int] = None
-        # The decoded content of a data URI.
-        self.data: Optional[bytes] = None
-        # Whether it has a Range, which is read once, from the first ticket, and where
-        # the block begins in its file; for a Range that cannot be calculated with, the
-        # bytes at the file's end that it asks for, 0 if it is of another kind.
-        self.is_range = False
-        self.base = 0
-        self.suffix: Optional[int] = None
-        self.way = _RANGES
-        # What is handed out is only taken for the slice, until its end confirms it.
-        self.is_guessed = False
-        # URL, headers and ticket (0: the first) of requests for it, in one.
-        self.request: Tuple[str, Dict[str, str], int] = ("", {}, 0)
-        if _is_inline(entry):
-            self.data = _decode_data_uri(entry.url, "data block %d" % (index + 1))
-            self.size = self.announced = len(self.data)
-        else:
-            self.renew(entry, 0)
-            self._read_range(self.request[1].get("Range"))
-            signed = urllib.parse.unquote("".join(_SIGNED.findall(entry.url)))
-            if "range" in signed.lower().split(";"):
-                self.way = _OWN
-
-    def _read_range(self, text: Optional[str]) -> None:
-        if text is None:
-            return
-        self.is_range = True
-        match = _RANGE.match(re.sub(r"\s", "", text.lower()))
-        first, last = match.groups() if match else ("", "")
-        if not first:
-            self.suffix = int(last or 0)
-            self.way = _OWN
-            return
-        self.base = int(first)
-        if last:
-            self.size = self._range_size = int(last) + 1 - self.base
-            if self.size <= 0:
-                text = "data block %d has a Range that ends before it begins"
-                raise ProtocolError(text, self.index + 1)
-
-    def renew(self, entry: DataBlock, ticket: int) -> None:
-        """Take URL and headers from a ticket's entry."""
-        url, headers = _without_userinfo(entry.url)
-        for name, value in (entry.headers or {}).items():
-            if name.lower() not in _FRAMING_HEADERS:
-                headers[name.title()] = value
-        self.request = url, headers, ticket
-
-    def move_down(self, way: int) -> None:
-        """Ask for it in another way from now on."""
-        if way > self.way:
-            self.way = way
-            _log.info("data block %d: asking for it %s", self.index + 1, _WAYS[way])
-
-    def guess(self, is_guessed: bool) -> None:
-        """Note whether what is handed out is only taken for the slice."""
-        self.is_guessed = is_guessed
-
-    def announce(self, end: int) -> None:
-        """The server said how far its data goes before it sent it."""
-        self.announced = max(end, self.announced or 0)
-
-    def learn_size(self, size: int) -> None:
-        """The block has turned out to end here, if not at its Range's end."""
-        self.size = size if self._range_size is None else min(size, self._range_size)
-
-    def forget(self) -> None:
-        """The object has changed: so may have its size, unless the Range gives it."""
-        self.resource.recall(["", "", None])
-        self.is_guessed = False
-        self.announced = None
-        self.size = self._range_size
+def _permanent_problem(error: Exception, words: str, is_known: bool) -> str:
+    """What no retry overcomes, if the error is of that kind."""
+    # Python 3.6 has a CertificateError that is no SSLError.
+    if "VERIFY_FAILED" in words or isinstance(error, ssl.CertificateError):
+        advice = "for a private authority, use --cacert or SSL_CERT_FILE"
+        return "the server's certificate is not trusted: %s (%s)" % (words, advice)
+    if isinstance(error, (ValueError, http.client.InvalidURL)):
+        return "the request or response is malformed"
+    if is_known:
+        return ""
+    if isinstance(error, ssl.SSLError) and "eof" not in words.lower():
+        text = "no TLS 1.2 or later on this port, or a client certificate is required"
+        return "%s (%s)" % (text, words)
+    is_no_host = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+    return "cannot find the host: " + words if is_no_host else ""
 
 
-class _Tickets:
-    """The ticket of a transfer, its blocks, and their renewal when URLs expire."""
-
-    def __init__(
-        self, source: _Source, options: _Options, transport: _Transport
-    ) -> None:
-        self.source = source
-        self.blocks: List[_Block] = []
-        self._options = options
-        self._lock = threading.Lock()
-        # How often the ticket was renewed; blocks refused since they were served last.
-        self._renewals = 0
-        self._refused: Set[int] = set()
-        # How many blocks `total` has counted, and their bytes.
-        self._counted = 0, 0
-        self.ticket = self._request(transport)
-        resources: Dict[Any, _Resource] = {}
-        for index, entry in enumerate(self.ticket.blocks):
-            headers = (entry.headers or {}).items()
-            others = frozenset(item for item in headers if item[0].lower() != "range")
-            shared = resources.setdefault((entry.url, others), _Resource(index))
-            self.blocks.append(_Block(index, entry, shared))
-
-    def _request(self, transport: _Transport) -> Ticket:
-        if isinstance(self.source, Ticket):
-            return self.source
-        return _ask_ticket_server(transport, self.source, self._options, _parse_ticket)
-
-    def total(self) -> Optional[int]:
-        """Bytes in all blocks; None while one of them is not known."""
-        count, total = self._counted
-        for block in self.blocks[count:]:
-            if block.size is None:
-                return None
-            count, total = count + 1, total + block.size
-            self._counted = count, total
-        return total
-
-    def served(self, block: _Block) -> None:
-        """Note that a block was served: should it be refused, its URL has expired."""
-        self._refused.discard(block.index)
-
-    def renew(self, transport: _Transport, block: _Block, ticket: int) -> bool:
-        """Ask for the ticket again after a URL of it was refused, as URLs expire.
-
-        `ticket` is the one that the refused URL was of. False when the block was
-        refused before and has not been served since, or there is nobody to ask.
-        """
-        with self._lock:
-            if self._renewals > ticket:
-                return True
-            if isinstance(self.source, Ticket) or block.index in self._refused:
-                return False
-            level = logging.INFO if self._renewals else logging.WARNING
-            text = "%s was refused and may have expired; asking for the ticket again"
-            _log.log(level, text, _shown(block.request[0]))
-            renewed = self._request(transport)
-            if _outline(renewed) != _outline(self.ticket):
-                text = "the ticket, requested again, has other data blocks"
-                raise RetryableError(text)._marked(_transient=False)
-            self._refused.add(block.index)
-            self._renewals += 1
-            for known, entry in zip(self.blocks, renewed.blocks):
-                if known.data is None:
-                    known.renew(entry, self._renewals)
-            return True
+def _explanation(text: str) -> Tuple[str, str]:
+    """The error and message in an error body: JSON of whatever make, or text."""
+    if not re.match(r"\s*[{\[]", text):
+        return "", re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^<>]*>", " ", text)
+    # Nothing else of a JSON document is shown: it might be a ticket.
+    pairs: List[Tuple[str, Any]] = []
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text, strict=False, object_pairs_hook=pairs.extend)
+    said = {key: value for key, value in pairs if isinstance(value, str)}
+    messages = [said[key] for key in _MESSAGE_KEYS if key in said]
+    return said.get("error", ""), ": ".join(messages)
 
 
-_T = TypeVar("_T")
+def _refusal(response: _Response, place: str) -> HtsgetException:
+    """The exception for a response that is an error (spec: "Errors")."""
+    asked, status, text = response.asked, response.status, response.read_text()
+    error, message = _explanation(text)
+    if asked.data and place == "ticket" and status in (404, 405, 501):
+        message = message or "does the server support multi-region requests?"
+    if status == 407:
+        place = "proxy with login" if asked.headers else "proxy"
+    elif place == "ticket" and "authorization" in asked.own:
+        place = "ticket with login"
+    error, message = _printable(error or response.reason, 80), _printable(message)
+    refused = ClientError(status, error, message, asked.where(), text, place)
+    return _failure(refused, response.headers)
 
 
-def _ask_ticket_server(
+def _failure(refused: ClientError, headers: Any) -> HtsgetException:
+    """A refusal, or the error to be retried where its status is a passing one."""
+    after = headers.get("retry-after")
+    if refused.status in _RETRIED_STATUS or (refused.status == 202 and after):
+        # By the server's clock: this machine's may be wrong.
+        now = _timestamp(headers.get("date", ""), time.time())
+        return RetryableIOError(str(refused), refused, _retry_after(after, now))
+    return refused
+
+
+def _require_data(response: _Response) -> None:
+    """ProtocolError for an error document or a web page where data should be."""
+    said = response.headers.get("content-range", "")
+    if response.status == 206 and _content_range(said):
+        return
+    start, label = response.peek(), response.headers.get("content-type", "")
+    is_labelled = re.search("(?i)html|json|xml", label) is not None
+    if _DOCUMENT.match(start) and (is_labelled or _WEB_PAGE.match(start)):
+        words = "a document instead of data", *_explanation(response.read_text())
+        said = _printable(": ".join(filter(None, words)))
+        raise ProtocolError("%s: %s", response.asked.where(), said)
+
+
+def _require_identity(response: _Response, is_block_start: bool) -> None:
+    """ProtocolError for data that was compressed on its way; BGZF often says gzip."""
+    coding = response.headers.get("content-encoding", "").lower()
+    is_compressed: Any = re.search(r"\b(br|zstd|deflate|compress)\b", coding)
+    if "gzip" in coding and is_block_start and not is_compressed:
+        is_compressed = re.match(rb"(?s)\x1f\x8b(?!\x08\x04.{8}BC)", response.peek())
+    if is_compressed:
+        text = "%s: the data was compressed on the way (Content-Encoding: %s)"
+        raise ProtocolError(text, response.asked.where(), _printable(coding, 40))
+
+
+def _request_json(
     transport: _Transport,
     request: _TicketRequest,
     options: _Options,
-    parse: Callable[[bytearray], _T],
-) -> _T:
-    """The parsed answer of the ticket server, asked as often as the policy says."""
+    parse: Callable[[bytearray], _Parsed],
+) -> _Parsed:
     retry = _Retry(options.max_retries, options.retry_wait)
     while True:
         try:
             headers, body = request.headers(), request.body
-            answer = transport.request(request.url, headers, body, private=True)
-            if answer.status != 200:
-                raise _ticket_refusal(answer, request)
-            raw = _read_json(answer)
-            try:
-                return parse(raw)
-            except ProtocolError as broken:
-                # Without framing it may just have been cut off.
-                broken._marked(_transient=not answer.framed)
-                raise
+            response = transport.request(request.url, headers, body, private=True)
+            with contextlib.closing(response):
+                if response.status != 200:
+                    raise _refusal(response, "ticket")
+                return parse(_read_json(response))
         except HtsgetException as error:
             seconds = retry.pause(error)
             _log.warning("%s; trying again in %.1f s", error, seconds)
         transport.wait(seconds)
 
 
-def _ticket_refusal(answer: _Answer, request: _TicketRequest) -> HtsgetException:
-    error = _refusal(answer, "ticket")
-    if request.body and answer.status in (404, 405, 501):
-        text = "the server does not appear to support multi-region requests"
-        return ClientError(answer.status, answer.reason, text, _shown(request.url))
-    return error
-
-
-# The beginning of what cannot be a JSON object.
-_NOT_AN_OBJECT = re.compile(rb"[\xef\xbb\xbf \t\r\n]*[^\xef\xbb\xbf \t\r\n{]")
-
-
-def _read_json(answer: _Answer) -> bytearray:
+def _read_json(response: _Response) -> bytearray:
     """A body that should be a JSON object; given up as soon as it cannot be one."""
-    body, where = bytearray(), _shown(answer.url)
-    is_gzip = "gzip" in answer.fields.get("content-encoding", "").lower()
-    inflate = zlib.decompressobj(31) if is_gzip else None
-    with contextlib.closing(answer):
-        try:
-            for data in answer.document():
-                if inflate is not None:
-                    data = inflate.decompress(data, _TICKET_LIMIT + 1 - len(body))
-                body += data
-                if len(body) >= _HEAD and _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
-                    break
-                if len(body) > _TICKET_LIMIT:
-                    raise ProtocolError("%s: the ticket is too large", where)
-            if inflate is not None and not inflate.eof:
-                raise zlib.error
-        except zlib.error:
-            raise ProtocolError("%s: the gzip data is not valid", where) from None
-        except RetryableError:
-            # JSON says itself where it ends.
-            if answer.framed or not body.rstrip().endswith(b"}"):
-                raise
-    if _NOT_AN_OBJECT.match(body, 0, _ERROR_LIMIT):
-        start = bytes(body[:_ERROR_LIMIT]).lstrip()
-        raise ProtocolError("%s: %s", where, _instead_of_a_ticket(start))
+    body, where = bytearray(), response.asked.where()
+    is_gzip, inflater = response.peek(2) == b"\x1f\x8b", zlib.decompressobj(31)
+    try:
+        for data in response.body():
+            body += inflater.decompress(data, _TICKET_LIMIT) if is_gzip else data
+            start = body[:_BEGINNING].lstrip(b"\xef\xbb\xbf \t\r\n")
+            if start and not start.startswith(b"{"):
+                raise ProtocolError("%s: %s", where, _instead_of_a_ticket(start))
+            if len(body) >= _TICKET_LIMIT:
+                raise ProtocolError("%s: the ticket is too large", where)
+    except zlib.error:
+        raise ProtocolError("%s: the gzip data is not valid", where) from None
+    if not response.is_framed and not body.rstrip().endswith(b"}"):
+        raise ContentLengthMismatch("%s: the ticket was cut short", where)
     return body
 
 
-def _instead_of_a_ticket(start: bytes) -> str:
-    """What came instead of a ticket, and what to do about it."""
-    kind = _kind(start)
-    if kind in ("BGZF", "gzip"):
-        with contextlib.suppress(zlib.error):
-            kind = _kind(zlib.decompressobj(31).decompress(start, _HEAD)) or kind
+def _instead_of_a_ticket(start: bytearray) -> str:
+    kind = re.match(rb"(?:##fileformat=)?(BAM|BCF|CRAM|VCF)", start)
     if kind:
-        return "this is a %s file, not an htsget ticket; fetch it with curl" % kind
-    if _is_page(start):
-        return "this is a web page (a login?), not an htsget ticket"
-    if start[:1] == b"<":
-        return "this is XML: %s" % _printable(start.decode("utf-8", "replace"), 60)
-    return "the answer is not a JSON object, so not an htsget ticket"
+        found = "a %s file; fetch it with curl" % kind.group(1).decode()
+    elif _WEB_PAGE.match(start):
+        found = "a web page (a login?)"
+    else:
+        found = _printable(_explanation(start.decode("utf-8", "replace"))[1], 60)
+    return "this is not an htsget ticket, but " + (found or "another document")
 
 
-def _is_page(start: bytes) -> bool:
-    return re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", start, re.I) is not None
+# ---- blocks and parts
+#
+# The only code that requests data. A part reads a byte range of a block once, from its
+# first byte to its last, and resumes where it stopped. A response that is not exactly
+# as it must be is an error. Owns what responses have shown of the objects behind the
+# URLs. Promises 1 and 2.
+
+# Any sub-range of the block may be requested.
+_RANGES = "RANGES"
+# Only the ticket's own request, verbatim.
+_OWN = "OWN"
+
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})\Z", re.I)
+_SIGNED_HEADERS = re.compile(r"[?&]X-(?:Amz|Goog)-SignedHeaders=([^&]*)", re.I)
 
 
-class _Transfer:
-    """What the parts of one transfer share: its tickets, connections and policy."""
-
-    def __init__(self, source: _Source, options: _Options) -> None:
-        self.options = options
-        self.hosts = _Hosts()
-        self.pace = _Pace(min(options.connections, _PARTS_MOST))
-        self.transport = _Transport(options, self.hosts)
-        self._is_stopped = False
-        # The last warning and when it was given (time.monotonic).
-        self._warned = "", 0.0
-        try:
-            self.tickets = _Tickets(source, options, self.transport)
-        except BaseException:
-            self.stop()
-            raise
-
-    def reopen(self) -> None:
-        """Have new connections: those of an ended window are ended with it."""
-        self.transport = _Transport(self.options, self.hosts)
-        if self._is_stopped:
-            self.stop()
-
-    def start_over(self) -> None:
-        """Take a new ticket, as the objects of the old one have changed."""
-        self.tickets = _Tickets(self.tickets.source, self.options, self.transport)
-
-    def stop(self) -> None:
-        """End all connections and waits, in all threads, for good."""
-        self._is_stopped = True
-        self.transport.stop()
-
-    def new_retry(self) -> _Retry:
-        """A count of retries."""
-        return _Retry(self.options.max_retries, self.options.retry_wait)
-
-    def pause(self, retry: _Retry, error: HtsgetException, url: str) -> None:
-        """Wait before the next attempt, or raise the error if there is none."""
-        seconds = retry.pause(error)
-        if error._crowded:
-            # That goes for all connections to the server.
-            self.hosts.postpone(url, seconds)
-        # Connections that fail alike are mentioned once.
-        text, now = str(error), time.monotonic()
-        is_new = self._warned[0] != text or now - self._warned[1] > seconds / 2
-        self._warned = text, now
-        level = logging.WARNING if is_new else logging.INFO
-        _log.log(level, "%s; trying again in %.1f s", text, seconds)
-        self.transport.wait(seconds)
+class _ObjectChanged(Exception):
+    """The object behind a URL has changed: only a new transfer can be right."""
 
 
-class _Asked(NamedTuple):
-    """A request for the bytes from `start` up to `end` (None: all) of a block;
-    `is_changed`: with another Range than the ticket's."""
+class _Contradiction(RetryableError):
+    """The response is of another object than the responses before it."""
+
+
+class _NotUseful(RetryableError):
+    """The response to a changed Range does not say that it has the bytes wanted."""
+
+
+class _IgnoresRange(ProtocolError):
+    """The response to the ticket's Range is not of that range."""
+
+
+class _EndedEarly(ContentLengthMismatch):
+    """The response was as announced, but announced less than was requested."""
+
+
+class _Evidence(NamedTuple):
+    """The strong ETag and total size that a response shows; perhaps just a slice's."""
+
+    etag: str
+    total: Optional[int] = None
+    is_slice: bool = False
+
+
+class _Object:
+    """The object behind a URL that blocks may share, as responses have shown it."""
+
+    def __init__(self, number: int, url: str) -> None:
+        # The number of the first block that shares it: its name in the journal.
+        self.number = number
+        self.known = _Evidence("")
+        # A changed Range of it has worked in this run.
+        self.is_proven = False
+        # Two nodes with different ETags take turns behind one name.
+        self.has_two_nodes = False
+        self._was_contradicted = False
+        self._origin = _origin(url)
+        self._lock = threading.Lock()
+
+    def check(self, evidence: _Evidence) -> None:
+        """Raise _Contradiction if a response is of another object."""
+        (etag, total, is_slice), known = evidence, self.known
+        is_unknown = None in (total, known.total) or (is_slice and known.is_slice)
+        conflict = ""
+        if etag and known.etag and etag != known.etag:
+            conflict = "ETag %s, then %s" % (known.etag, etag)
+        elif total != known.total and not is_unknown:
+            conflict = "%s bytes, then %s" % (known.total, total)
+        if conflict:
+            self._was_contradicted = True
+            raise _Contradiction("the object has changed (%s)", _printable(conflict))
+
+    def learn(self, evidence: _Evidence, is_changed: bool) -> None:
+        """Take up what a response has shown; `is_changed`: of its Range."""
+        with self._lock:
+            # Another thread may have learned of another object meanwhile.
+            self.check(evidence)
+            known = self.known
+            if evidence.etag and known.etag and self._was_contradicted:
+                self.has_two_nodes = True
+            if evidence.total is None or not (known.total is None or known.is_slice):
+                evidence = known._replace(etag=evidence.etag)
+            self.known = evidence._replace(etag=known.etag or evidence.etag)
+            self.is_proven = self.is_proven or is_changed
+
+    def move(self, url: str) -> None:
+        """Renewed URLs may lead to another node, which makes its own ETags."""
+        with self._lock:
+            if _origin(url) != self._origin:
+                self._origin = _origin(url)
+                self.known = self.known._replace(etag="")
+                self.is_proven = self._was_contradicted = False
+
+    def record(self) -> List[Any]:
+        return [*self.known, *self._origin]
+
+    def recall(self, record: List[Any]) -> None:
+        etag, total, is_slice, *origin = record
+        is_here = tuple(origin) == self._origin
+        self.known = _Evidence(etag if is_here else "", total, is_slice)
+
+
+class _BlockRequest(NamedTuple):
+    """The ticket's own request for a block; `ticket` counts renewals of the ticket."""
+
+    url: str
+    headers: Dict[str, str]
+    ticket: int
+
+
+class _Block:
+    """A data block: where its bytes lie in its object, and how to request them."""
+
+    def __init__(
+        self, index: int, entry: DataBlock, shared: Dict[Any, _Object]
+    ) -> None:
+        self.index = index
+        # The decoded content of a data URI.
+        self.data: Optional[bytes] = None
+        # Offset of the block in its object, and the length that its Range gives.
+        self.has_range = False
+        self.base = 0
+        self.range_size: Optional[int] = None
+        # Length of the block in bytes, None until known; whether the server announced
+        # it before it sent the data, and in a way that lets the block be cut.
+        self.size: Optional[int] = None
+        self.is_announced = False
+        self._is_divisible = False
+        # Whether it was read from a response that did not say what it has.
+        self.is_in_doubt = False
+        self.mode = _RANGES
+        if _is_inline(entry):
+            self.data = _decode_data_uri(entry.url, "data block %d" % (index + 1))
+            self.size, self.is_announced = len(self.data), True
+            return
+        self.request = _block_request(entry, 0)
+        self._read_range(_selectors(entry)[0])
+        signed = ";".join(_SIGNED_HEADERS.findall(self.request.url))
+        if "range" in re.split("[;,]", urllib.parse.unquote(signed).lower()):
+            self.mode = _OWN
+        # A block without a Range is an object by itself: its query may name a slice.
+        key = _object_key(entry) if self.has_range else index
+        self.object = shared.setdefault(key, _Object(index, self.request.url))
+
+    def _read_range(self, text: Optional[str]) -> None:
+        if text is None:
+            return
+        match = _RANGE.match("".join(text.split()))
+        first, last = match.groups() if match else ("1", "0")
+        self.has_range, self.base = True, int(first)
+        if last:
+            self.size = self.range_size = int(last) + 1 - self.base
+            if self.size <= 0:
+                problem = "data block %d has a Range other than bytes=A-B or bytes=A-"
+                raise ProtocolError(problem, self.index + 1)
+
+    def renew(self, entry: DataBlock, ticket: int) -> None:
+        if self.data is None:
+            # In this order: a reader takes the request before the object's ETag.
+            self.request = _block_request(entry, ticket)
+            self.object.move(self.request.url)
+
+    def use_own_requests(self, is_in_doubt: bool = False) -> None:
+        """Request nothing but what the ticket says from now on."""
+        self.is_in_doubt = self.is_in_doubt or is_in_doubt
+        self.mode = _OWN
+
+    def learn_size(self, size: Optional[int]) -> None:
+        self.size = self.size if size is None else size
+
+    def announce(self, is_divisible: bool) -> None:
+        """The server has announced the size before it sent the data."""
+        self.is_announced = True
+        self._is_divisible = self._is_divisible or is_divisible
+
+    def can_be_cut(self) -> bool:
+        """Whether its size is certain, and an ETag can vouch for several parts."""
+        if self.data is not None or self.mode == _OWN or self.size is None:
+            return False
+        etag, total, is_slice = self.object.known
+        range_end = self.base + (self.range_size or sys.maxsize)
+        reaches_end = not is_slice and (total or 0) >= range_end
+        return etag != "" and (self._is_divisible or reaches_end)
+
+
+def _block_request(entry: DataBlock, ticket: int) -> _BlockRequest:
+    url, headers = _without_userinfo(entry.url)
+    headers.update(entry.headers or {})
+    return _BlockRequest(url, headers, ticket)
+
+
+class _Ask(NamedTuple):
+    """A request for bytes of a block, perhaps with another Range than the ticket's."""
 
     start: int
     end: Optional[int]
-    headers: Dict[str, str]
     is_changed: bool
-
-    def size(self) -> Optional[int]:
-        """How many bytes these are, if the end is known."""
-        return None if self.end is None else self.end - self.start
-
-
-def _ask(block: _Block, start: int, end: Optional[int]) -> _Asked:
-    """The request for part of a block; for all of it, or where that is the only way,
-    the ticket's own. Ranges are closed wherever the end is known: some servers fail on
-    open ones."""
-    headers = block.request[1]
-    is_all = start == 0 and (end is None or end == block.size)
-    if is_all or block.way != _RANGES:
-        return _Asked(0, block.size, headers, False)
-    last = "" if end is None else block.base + end - 1
-    headers = dict(headers, Range="bytes=%d-%s" % (block.base + start, last))
-    condition = block.resource.condition()
-    if condition is not None:
-        headers["If-Range"] = condition
-    return _Asked(start, end, headers, True)
+    request: _BlockRequest
 
 
 class _Span(NamedTuple):
-    """Where the body of an answer lies, in bytes from the block's start.
-
-    `is_final`: the block or its file ends where the body ends. `is_guessed`: the body
-    is taken for the slice that was asked for, but nothing says so yet.
-    """
+    """Where in its block a body lies (`end` None: unknown), and the block's size."""
 
     start: int
     end: Optional[int]
-    is_final: bool = False
-    is_guessed: bool = False
+    size: Optional[int]
+    is_in_doubt: bool = False
 
 
-# What `_locate` returns: the span, None when the answer is of no use, and the way that
-# the block should be asked for from now on.
-_Located = Tuple[Optional[_Span], int]
+class _Reply(NamedTuple):
+    """A response with its request, where its body lies, and what it shows."""
+
+    ask: _Ask
+    response: _Response
+    evidence: _Evidence
+    span: _Span
 
 
-def _locate(block: _Block, asked: _Asked, answer: _Answer) -> _Located:
-    """Where in the block the answer's body lies; ProtocolError if it cannot. Whatever
-    contradicts a changed Range, the ticket's own request must tell."""
-    length, said = answer.size, _content_range(answer.fields.get("content-range", ""))
-    if answer.status == 200:
-        return _locate_full(block, asked, length)
-    if not block.is_range and not asked.is_changed:
-        # The range is in the query; what a Range would mean is anybody's guess.
-        return _Span(0, length, is_final=True), _OWN
-    if "multipart/" in answer.fields.get("content-type", "").lower():
-        problem = "is multipart"
-    elif "content-range" not in answer.fields:
-        if asked.is_changed and (length is None or length != asked.size()):
-            return None, _OWN
-        if asked.end is None or length is None or length <= asked.end:
-            return _locate_unlabelled(block, asked, length)
-        problem = "has more than the range that was asked for"
-    elif said is None:
-        problem = "has a malformed Content-Range"
-    else:
-        if said[1] > said[0] and length in (None, said[1] - said[0]):
-            located = _locate_partial(block, asked, said)
-            if located is not None:
-                return located
-        problem = "has another range than was asked for"
-    if asked.is_changed:
-        return None, _OWN
-    raise _damaged(answer, problem)
+def _ask_for(block: _Block, position: int, end: Optional[int], if_range: bool) -> _Ask:
+    """The request for a block's bytes from `position` on, perhaps with If-Range."""
+    request, size = block.request, block.size
+    is_all = position == 0 and end in (None, size)
+    if is_all or block.mode == _OWN or size is None:
+        return _Ask(0, size, False, request)
+    end = size if end is None else end
+    headers = {k: v for k, v in request.headers.items() if k.lower() != "range"}
+    headers["Range"] = "bytes=%d-%d" % (block.base + position, block.base + end - 1)
+    if block.object.known.etag and if_range:
+        headers["If-Range"] = block.object.known.etag
+    return _Ask(position, end, True, request._replace(headers=headers))
 
 
-def _locate_full(block: _Block, asked: _Asked, length: Optional[int]) -> _Located:
-    """A 200: the slice exactly when its length says so, else the whole file."""
-    if length is not None and length == asked.size():
-        return _Span(asked.start, asked.end), block.way
-    if asked.is_changed:
-        # The ticket's slice or the whole file: only the ticket's own request can tell.
-        return None, _OWN
-    if not block.is_range or (block.base == 0 and block.suffix is None):
-        # The same, whether it is the slice or the whole file.
-        return _Span(0, length, is_final=True), block.way
-    if block.suffix is not None or (length is not None and length <= block.base):
-        text = "data block %d: the server does not honour its Range"
-        raise ProtocolError(text, block.index + 1)._marked(_transient=True)
-    is_whole = block.way == _WHOLE or block.resource.is_rangeless
-    if length is None and asked.end is not None and not is_whole:
-        return _Span(0, asked.end, is_guessed=True), block.way
-    end = None if length is None else length - block.base
-    return _Span(-block.base, end, is_final=True), _WHOLE
+def _strong_etag(response: _Response) -> str:
+    etag = response.headers.get("etag", "").strip()
+    return etag if etag.startswith('"') else ""
 
 
-def _locate_unlabelled(block: _Block, asked: _Asked, length: Optional[int]) -> _Located:
-    """A 206 without Content-Range: only its length can say that it is the slice."""
-    if length is None and asked.end is not None:
-        return _Span(0, asked.end, is_guessed=block.base > 0), block.way
-    end = None if length is None else asked.start + length
-    return _Span(asked.start, end, is_final=asked.end is None), block.way
+def _evidence(block: _Block, response: _Response) -> _Evidence:
+    """What a response shows; the total only where it is certain what it counts."""
+    total, is_slice = None, False
+    if response.status == 206:
+        said = _content_range(response.headers.get("content-range", ""))
+        if block.has_range and said is not None:
+            total = said[2]
+            is_slice = total == said[1] - said[0]
+    elif block.base == 0 and block.range_size is None:
+        total = response.length
+    return _Evidence(_strong_etag(response), total, is_slice)
 
 
-def _locate_partial(
-    block: _Block, asked: _Asked, said: Tuple[int, int, Optional[int]]
-) -> Optional[_Located]:
-    """A 206: what its Content-Range says must begin where it was asked to, or contain
-    the slice; it may end earlier only with the file. A total that is the slice's
-    length is not believed."""
-    first, stop, total = said
-    if block.suffix is not None:
-        size = min(block.suffix, stop)
-        is_other = block.suffix and (stop != total or stop - first != size)
-        return None if is_other else (_Span(0, stop - first, is_final=True), _OWN)
+_Said = Tuple[int, int, Optional[int]]
+
+
+def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
+    """Where in the block a response's body lies (RFC 9110, 15.3.7), or _NotUseful for a
+    changed Range; for the ticket's own request, ProtocolError or _IgnoresRange."""
+    text = response.headers.get("content-range")
+    said = _content_range(text or "")
+    length, wanted = response.length, block.range_size
+    is_partial = response.status == 206
+    is_odd = "multipart/" in response.headers.get("content-type", "").lower()
+    if is_odd or (said is not None and length not in (None, said[1] - said[0])):
+        said = None
+    if is_partial and said is not None and _is_wanted(block, ask, response, said):
+        size = _size_by_total(block, response, said)
+        return _Span(said[0] - block.base, said[1] - block.base, size)
+    if ask.is_changed:
+        raise _NotUseful(_of(block, response, "not certainly of the requested Range"))
+    if is_partial and not block.has_range:
+        return _Span(0, length, length)
+    is_same = said is not None and said[0] == block.base and wanted in (None, length)
+    if is_odd or (text is not None and (is_partial or not is_same)):
+        raise _damaged(block, response, "not of the requested Range")
+    if block.base == 0 and wanted is None and not is_partial:
+        return _Span(0, length, length)
+    if wanted is not None and length in (None, wanted):
+        return _Span(0, wanted, wanted, is_in_doubt=length is None)
+    if is_partial:
+        raise _damaged(block, response, "no Content-Range")
+    raise _IgnoresRange(_of(block, response, "the server ignores the Range header"))
+
+
+def _is_wanted(block: _Block, ask: _Ask, response: _Response, said: _Said) -> bool:
+    """Whether a 206 begins with the first byte requested, or earlier if it contains all
+    of them, as caches may align ranges; to a changed Range, certainly of the object."""
+    (first, stop, total), is_whole = said, not block.has_range
     start, end = first - block.base, stop - block.base
-    is_wider = 0 <= start < asked.start and asked.end is not None and end >= asked.end
-    if start != asked.start and not is_wider:
-        return None
-    knows_only_its_own = asked.is_changed and (start, end) == (0, block.size)
-    way = _OWN if knows_only_its_own else block.way
-    if asked.end is None:
-        return _Span(start, end, is_final=total is None or total <= stop), way
-    believed = total == stop and (first > 0 or block.way != _RANGES)
-    return _Span(start, end, is_final=believed and end < asked.end), way
+    contains_all = stop == total if ask.end is None else end >= ask.end
+    # Without Content-Length, an end that contradicts Content-Range shows too late.
+    is_aligned = start < ask.start and contains_all and response.length is not None
+    is_placed = start == ask.start or is_aligned
+    if not ask.is_changed:
+        return is_placed and block.has_range
+    lacks_etag = block.object.known.etag != "" and not _strong_etag(response)
+    # The query of a URL may name a slice, and the Range be one of the whole file.
+    return is_placed and not lacks_etag and not (is_whole and total != block.size)
 
 
-def _damaged(answer: _Answer, problem: str) -> HtsgetException:
-    """The error for an answer that contradicts its request or itself; it may have been
-    damaged on the way."""
-    error = ProtocolError("%s: the answer %s", _shown(answer.url), problem)
-    return error._marked(_transient=True)
+def _size_by_total(block: _Block, response: _Response, said: _Said) -> Optional[int]:
+    """The size of a block by the object's total, which may be just the length of the
+    slice (the EGA); that is certain only for a slice from the object's first byte."""
+    first, stop, total = said
+    is_certain = total is not None and (first == 0 or total != stop - first)
+    if total is None or not is_certain or not block.has_range:
+        return block.size
+    size = total - block.base
+    if size <= 0:
+        raise _damaged(block, response, "the Range begins beyond the object's end")
+    return size if block.range_size is None else min(size, block.range_size)
+
+
+def _is_announced(block: _Block, reply: _Reply) -> bool:
+    """Whether a response announces the block's size before its data."""
+    span, (_, total, is_slice) = reply.span, reply.evidence
+    if not span.size or span.is_in_doubt:
+        return False
+    if not block.has_range:
+        return reply.ask.is_changed or reply.response.length is not None
+    if total is not None and not is_slice and reply.response.status == 206:
+        return total >= block.base + (block.range_size or 0)
+    return span.start <= 0 and (span.end or 0) >= (block.range_size or sys.maxsize)
+
+
+def _of(block: _Block, response: _Response, problem: str) -> str:
+    where = _shown(response.url), response.status, block.index + 1, problem
+    return "%s: response %d for data block %d: %s" % where
+
+
+def _damaged(block: _Block, response: _Response, problem: str) -> ProtocolError:
+    """The error for a response that may have been damaged on its way."""
+    return ProtocolError(_of(block, response, problem), transient=True)
+
+
+class _Places:
+    """How many requests may be in flight; the part that is due takes the next place."""
+
+    def __init__(self, transport: _Transport, most: int) -> None:
+        self._transport = transport
+        self._limit = most
+        self._used = 0
+        # Counts reductions of the limit.
+        self._reductions = 0
+        # The part whose data the caller needs next.
+        self.due: Optional[_Part] = None
+        self._is_due_waiting = False
+        self._freed = threading.Condition()
+
+    def prefer(self, part: "_Part") -> None:
+        self.due = part
+
+    def wait(self, part: "_Part") -> bool:
+        """Wait until a part may send a request; return whether it had to wait."""
+        has_waited = False
+        with self._freed:
+            is_due = part is self.due
+            while self._used >= self._limit or (self._is_due_waiting and not is_due):
+                has_waited = True
+                self._is_due_waiting = self._is_due_waiting or is_due
+                self._freed.wait(_POLL)
+                self._transport.wait(0)
+                is_due = part is self.due
+            self._is_due_waiting = self._is_due_waiting and not is_due
+        return has_waited
+
+    @contextlib.contextmanager
+    def hold(self, part: "_Part") -> Iterator[int]:
+        """Hold a place; gives the number of reductions before the request."""
+        with self._freed:
+            self.wait(part)
+            self._used += 1
+            number = self._reductions
+        try:
+            yield number
+        finally:
+            with self._freed:
+                self._used -= 1
+                self._freed.notify_all()
+
+    def reduce(self, number: Optional[int] = None) -> bool:
+        """Allow one request fewer than are in flight (without the `number` of a refused
+        request: than now); return False if the refusal is not due to too many."""
+        with self._freed:
+            if number is not None and (number < self._reductions or self._used < 2):
+                return number < self._reductions
+            most = self._limit if number is None else self._used
+            self._limit = max(1, min(self._limit, most - 1))
+            self._reductions += 1
+            self._transport.limit(self._limit)
+            return True
+
+
+class _Transfer:
+    """What the parts of one transfer share."""
+
+    def __init__(self, source: _Source, options: _Options) -> None:
+        self.options = options
+        self.transport = _Transport(options, getattr(source, "user_agent", None))
+        self.places = _Places(self.transport, options.connections)
+        self.source: Any = source
+        # Counts renewals of the ticket; only one thread renews it.
+        self._renewals = 0
+        self._renewing = threading.Lock()
+        shared: Dict[Any, _Object] = {}
+        try:
+            self.ticket = source if isinstance(source, Ticket) else self._request()
+            entries = enumerate(self.ticket.blocks)
+            self.blocks = [_Block(index, entry, shared) for index, entry in entries]
+        except BaseException:
+            self.transport.stop()
+            raise
+
+    def _request(self) -> Ticket:
+        return _request_json(self.transport, self.source, self.options, _parse_ticket)
+
+    def renew(self, ticket: int) -> None:
+        """Request the ticket again, unless it was renewed since `ticket`."""
+        with self._renewing:
+            if self._renewals > ticket:
+                return
+            _log.info("a URL was refused and may have expired; renewing the ticket")
+            renewed = self._request()
+            _require_unreduced(_is_reduced(self.ticket), _is_reduced(renewed))
+            if not _is_equivalent(self.ticket, renewed):
+                raise _ObjectChanged("the renewed ticket has other data blocks")
+            self._renewals += 1
+            for block, entry in zip(self.blocks, renewed.blocks):
+                block.renew(entry, self._renewals)
 
 
 class _Part:
-    """A run of a block's bytes: from `start` up to `end` (None: the block's end), of
-    which the next one to deliver is at `position`."""
+    """The bytes `start` to `end` (None: the block's end) of a block, of which the next
+    to yield is `position`. Bytes already yielded are vouched for by the strong ETag of
+    the part's first response or, without one, by their CRC-32."""
 
     def __init__(
-        self, transfer: _Transfer, block: _Block, start: int, end: Optional[int]
+        self,
+        transfer: _Transfer,
+        block: _Block,
+        start: int,
+        end: Optional[int],
+        kept: Tuple[int, int] = (0, 0),
     ) -> None:
+        """`kept`: how many bytes an earlier run has kept, and their CRC-32."""
         self.block = block
-        self.start = self.position = start
+        self.start = start
         self.end = end
+        self.position = start + kept[0]
+        # When the part began to lack a response (time.monotonic), None while it has
+        # one; and how many requests it has made.
+        self.idle_since: Optional[float] = time.monotonic()
+        self.requests = 0
         self._transfer = transfer
-        self._transport = transfer.transport
-        self._tickets = transfer.tickets
-        # A way down that one answer has suggested, and the ticket it was of: it takes
-        # a second answer to believe it.
-        self._suggested = -1, -1
-        self._way = block.way
-        # Why the last attempt failed.
-        self._failure: Optional[HtsgetException] = None
+        # None before the first response, "" if that had none; for a cut, the object's.
+        self._etag = block.object.known.etag if start > 0 else None
+        self._crc = kept[1] if start == 0 else None
+        # What has gone wrong, each kind in a row, since data came last.
+        self._trouble: Dict[str, int] = collections.Counter()
+        # The last request, and the places' number of reductions before it.
+        self._ask: Optional[_Ask] = None
+        self._number = 0
 
     def limit(self) -> Optional[int]:
-        """Where the part ends, as far as is known."""
-        end, size = self.end, self.block.size
-        if end is None or size is None:
-            return size if end is None else end
-        return end if end < size else size
+        ends = [end for end in (self.end, self.block.size) if end is not None]
+        return min(ends, default=None)
 
     def is_complete(self) -> bool:
-        """Whether nothing is missing; False while the end is not known, or in doubt."""
-        limit = self.limit()
-        is_in_doubt = self.block.is_guessed and self.position > self.start
-        return limit is not None and self.position >= limit and not is_in_doubt
+        return self._is_at_end(self.position)
 
-    def stop_at(self, end: Optional[int]) -> None:
-        """Let the part end somewhere else; called by the thread that reads it."""
+    def _is_at_end(self, offset: int) -> bool:
+        limit = self.limit()
+        return limit is not None and offset >= limit
+
+    def stop_at(self, end: int) -> None:
+        """Let the part end earlier; called by the thread that reads it."""
         self.end = end
 
-    def read(self, is_crowded: Callable[["_Part"], bool]) -> _Pieces:
-        """Deliver the bytes, with retries. `is_crowded` is asked when the server
-        refuses this connection: True ends the part here for others to go on."""
-        if self.block.data is not None:
-            begin, self.position = self.position, self.limit() or 0
-            yield self.block.data[begin : self.position]
-            return
-        retry = self._transfer.new_retry()
-        self._failure = None
+    def read(self) -> Generator[bytes, None, None]:
+        """Yield the bytes from `position` on; the retry loop for data blocks."""
+        options = self._transfer.options
+        retry = _Retry(options.max_retries, options.retry_wait)
+        self._trouble.clear()
         while not self.is_complete():
-            url = self.block.request[0]
+            before = self.position
             try:
-                for data in self._attempt():
-                    self.position += len(data)
-                    retry.progress(len(data))
-                    yield data
+                with contextlib.closing(self._attempt()) as chunks:
+                    for data in chunks:
+                        self.position += len(data)
+                        if self._crc is not None:
+                            self._crc = zlib.crc32(data, self._crc)
+                        retry.progress(len(data))
+                        yield data
             except HtsgetException as error:
-                self._failure = error
-                if error._crowded and is_crowded(self):
-                    self._transfer.hosts.postpone(url, error._retry_after)
-                    return
-                if not error._is_free:
-                    self._transfer.pause(retry, error, url)
+                self._recover(error, retry, self.position > before)
+            finally:
+                self.idle_since = self.idle_since or time.monotonic()
 
-    def _attempt(self) -> Iterator[bytes]:
-        """Ask once for what is missing and deliver what comes."""
+    def _attempt(self) -> Generator[bytes, None, None]:
+        block, trouble = self.block, self._trouble
+        if block.data is not None:
+            yield block.data[self.position :]
+            return
+        with self._transfer.places.hold(self) as self._number:
+            # If-Range makes a replica with another ETag send the whole object.
+            if_range = not trouble["full"]
+            ask = _ask_for(block, self.position, self.limit(), if_range)
+            self._ask = ask
+            self.requests += 1
+            response = self._transfer.transport.request(
+                ask.request.url,
+                ask.request.headers,
+                fresh=trouble["contradictions"] > 0,
+            )
+            with contextlib.closing(response):
+                reply = self._judge(ask, response)
+                self.idle_since = None
+                yield from self._new_bytes(reply)
+
+    def _judge(self, ask: _Ask, response: _Response) -> _Reply:
+        """Judge a response: is it data, of the same object, and where does it lie?"""
         block = self.block
-        if self.position > 0 and (block.way != _RANGES or block.is_guessed):
-            text = "%s: cannot be continued in the middle"
-            reason = self._failure or RetryableError(text, _shown(block.request[0]))
-            raise _Restart(block.index, reason._marked(_is_free=self._has_moved()))
-        asked, answer = self._open()
-        with contextlib.closing(answer):
-            span, way = _locate(block, asked, answer)
-            if way != block.way:
-                # Believed when the answer leaves no doubt, or a second one confirms it
-                # and nothing else has changed between them.
-                suggested, self._suggested = self._suggested, (way, block.request[2])
-                is_certain = span is not None or answer.status == 200
-                if is_certain or suggested == self._suggested:
-                    block.move_down(way)
-            if span is None:
-                text = "%s does not say what it sends, or ignores the Range header"
-                raise RetryableError(text, _shown(answer.url))._marked(_is_free=True)
-            if answer.status == 206 or not block.is_range or span.start == -block.base:
-                # A slice that is sent as a file of its own has its own validators.
-                is_file = answer.status == 200 and span.is_final
-                total = span.end - span.start if is_file and span.end else None
-                block.resource.learn(answer, total)
-            if span.end is not None and not span.is_guessed:
-                if span.is_final:
-                    self._learn_size(span.end)
-                block.announce(span.end)
-            block.guess(span.is_guessed)
-            yield from self._deliver(span, answer)
+        if response.status not in (200, 206):
+            if response.status in _CROWDED_STATUS:
+                self._trouble["crowded"] = self._transfer.places.reduce(self._number)
+            self._trouble["status"] = response.status
+            raise _refusal(response, "data block")
+        _require_data(response)
+        evidence = _evidence(block, response)
+        block.object.check(evidence)
+        self._trouble["full"] = ask.is_changed and response.status == 200
+        span = _locate(block, ask, response)
+        _require_identity(response, span.start == 0)
+        if span.is_in_doubt:
+            self._doubt(response)
+        elif response.status == 206 and not block.has_range and not ask.is_changed:
+            block.use_own_requests()
+        return _Reply(ask, response, evidence, span)
 
-    def _has_moved(self) -> bool:
-        """Whether the block is asked for in another way than at first: as it only moves
-        down, to go on that way does not count as a retry."""
-        return self.block.way != self._way
+    def _doubt(self, response: _Response) -> None:
+        """The body may be the slice or the whole file: only its end will tell."""
+        block = self.block
+        text = _of(block, response, "neither Content-Range nor Content-Length")
+        if not response.is_framed:
+            raise ProtocolError(text)
+        is_vouched = self._crc is None and self.position > 0
+        if is_vouched or block.object.is_proven or self.end not in (None, block.size):
+            raise RetryableError(text)
+        self._etag, self._crc = "", self._crc or 0
+        block.use_own_requests(is_in_doubt=True)
 
-    def _deliver(self, span: _Span, answer: _Answer) -> Iterator[bytes]:
-        """What an answer has of the part; at its end, whether that was all."""
-        offset, begun = span.start, self.position
-        for data in _checked_body(answer):
-            stop = offset + len(data)
-            if span.end is not None and stop > span.end:
-                if not span.is_guessed or self.block.way == _WHOLE:
-                    raise _damaged(answer, "has more data than it announces")
-                # What was taken for the slice is the whole file.
-                self.block.move_down(_WHOLE)
-                self.block.resource.ignores_ranges()
-                reason = _damaged(answer, "ignores the Range header")
-                raise _Restart(self.block.index, reason._marked(_is_free=True))
+    def _new_bytes(self, reply: _Reply) -> Iterator[bytes]:
+        """Drop the bytes of a response before `position`, and yield those after it."""
+        span, body = reply.span, _bounded(self.block, reply)
+        rest = self._drop(reply, body)
+        self._learn(reply)
+        first = offset = self.position
+        # The last bytes are yielded only after an end that must still show.
+        is_open = span.end is None and self.block.size is not None
+        needs_end, held = span.is_in_doubt or is_open, b""
+        for data in itertools.chain([rest], body):
             limit = self.limit()
-            cut = len(data) if limit is None else max(0, limit - offset)
-            new = data[max(0, self.position - offset) : cut]
-            offset = stop
+            new = data if limit is None else data[: max(0, limit - offset)]
+            offset += len(data)
+            if not span.is_in_doubt and new:
+                self._trouble.clear()
+            if needs_end:
+                held, new = new or held, held if new else b""
             if new:
                 yield new
-            # The limit changes when the rest of the block is left to others.
-            limit = self.limit()
-            if limit is not None and offset >= limit and not span.is_guessed:
-                if offset != span.end:
-                    return
-        self._check_end(span, answer, offset, self.position > begun)
+            end = self.block.size if span.end is None else span.end
+            if self._is_at_end(offset) and offset < (end or 0):
+                # The rest belongs to other parts, or lies beyond the block.
+                break
+        else:
+            self._conclude(reply, offset, is_confirmed=offset == first > 0)
+        if held:
+            yield held
 
-    def _check_end(
-        self, span: _Span, answer: _Answer, offset: int, is_new: bool
-    ) -> None:
-        """The body ended at `offset`: is that the end of the part?"""
-        block, limit = self.block, self.limit()
-        is_entire = span.end is None or offset == span.end
-        # The whole file cannot be as long as a slice that begins inside it.
-        is_slice = span.start < 0 and offset - span.start == block.size
-        is_short = limit is not None and offset < limit and span.end is None
-        # Nothing tells such an end from a cut connection.
-        is_doubtful = not answer.framed and (span.is_guessed or is_short)
-        if not is_entire or is_slice or is_doubtful:
-            text = "%s: the answer ended early, at byte %d of data block %d"
-            values = _shown(answer.url), offset, block.index + 1
-            raise ContentLengthMismatch(text, *values)
-        block.guess(False)
-        if limit is not None and offset >= limit:
+    def _drop(self, reply: _Reply, body: Iterator[bytes]) -> bytes:
+        """Drop what lies before `position`; return what came with the last of it. To
+        the ticket's own request, that must be the bytes already yielded."""
+        left, crc, rest = self.position - reply.span.start, 0, b""
+        is_vouched = bool(self._etag) and reply.evidence.etag == self._etag
+        needs_proof = not reply.ask.is_changed and self.position > 0
+        needs_proof = needs_proof and (reply.span.is_in_doubt or not is_vouched)
+        if needs_proof and self._crc is None:
+            raise _Contradiction("nothing shows that the object is the same")
+        while left > 0:
+            data = next(body, b"")
+            if not data:
+                text = "data block %d has ended early"
+                raise ContentLengthMismatch(text, self.block.index + 1)
+            if needs_proof:
+                # What lies before the block is not compared.
+                seen = max(0, left - self.position)
+                crc = zlib.crc32(data[seen:left], crc)
+            left, rest = left - len(data), data[left:]
+        if needs_proof and crc != self._crc:
+            text = "data block %d has other bytes than before"
+            raise _Contradiction(text, self.block.index + 1)
+        return rest
+
+    def _learn(self, reply: _Reply) -> None:
+        """Take up what a response has shown, now that its bytes are proven."""
+        block, (ask, response, evidence, span) = self.block, reply
+        is_new = span.size not in (None, block.size) and block.size is not None
+        is_short = (span.size or sys.maxsize) < self.position
+        if is_short or (is_new and block.range_size is None):
+            text = "data block %d has another size than before"
+            raise _Contradiction(text, block.index + 1)
+        if _origin(ask.request.url) != _origin(block.request.url):
+            raise _Contradiction("the ticket was renewed, and names another node")
+        if not span.is_in_doubt:
+            block.object.learn(evidence, ask.is_changed)
+        block.learn_size(span.size)
+        if _is_announced(block, reply):
+            ranges = response.headers.get("accept-ranges", "").strip().lower()
+            block.announce(is_divisible=response.status == 206 or ranges == "bytes")
+        if self._etag is None:
+            self._etag = evidence.etag
+            if self._etag and self.position == 0:
+                self._crc = None
+
+    def _conclude(self, reply: _Reply, offset: int, is_confirmed: bool) -> None:
+        """The body has ended at `offset`; perhaps where an earlier one has, too."""
+        block, response, span = self.block, reply.response, reply.span
+        if span.end is None and block.size is None:
+            if response.is_framed or is_confirmed:
+                block.learn_size(offset)
+            if is_confirmed and not response.is_framed:
+                text = "data block %d: the server does not announce its end at byte %d"
+                _log.warning(text, block.index + 1, offset)
+        elif span.end is not None and offset < span.end:
+            text = "%d bytes are missing" % (span.end - offset)
+            raise ContentLengthMismatch(_of(block, response, text))
+        if not self._is_at_end(offset):
+            text = "ended at byte %d, before the requested end" % offset
+            raise _EndedEarly(_of(block, response, text))
+
+    # What to do after a failure: return to try again, or raise.
+
+    def _recover(self, error: HtsgetException, retry: _Retry, has_new: bool) -> None:
+        """Decide what follows a failure: another request or the error."""
+        ask, block, trouble = self._ask, self.block, self._trouble
+        assert ask is not None
+        status = trouble.pop("status", 0)
+        is_stale = ask.request.ticket != block.request.ticket
+        if isinstance(error, _EndedEarly) and has_new:
             return
-        if not span.is_final:
-            # Some servers give a range in pieces.
-            text = "%s: gives less than was asked for"
-            reason = ContentLengthMismatch(text, _shown(answer.url))
-            raise reason._marked(_is_free=is_new)
-        self._learn_size(offset)
-        if not answer.framed:
-            text = "%s does not announce the length of data block %d: taking %d bytes"
-            _log.warning(text, _shown(answer.url), block.index + 1, offset)
+        if isinstance(error, _Contradiction):
+            if not is_stale:
+                self._repeat_elsewhere(error, retry)
+        elif trouble.pop("crowded", 0) and self._made_way(error):
+            pass
+        elif status in _REFUSED_STATUS:
+            if not is_stale:
+                self._descend(error, ask)
+        elif isinstance(error, _IgnoresRange):
+            trouble["ignored"] += 1
+            if trouble["ignored"] > 1:
+                is_proven = block.object.is_proven
+                self._pause(RetryableError(str(error)) if is_proven else error, retry)
+        elif ask.is_changed and not block.object.is_proven:
+            self._doubt_ranges(error, status, retry)
+        else:
+            self._pause(error, retry)
 
-    def _learn_size(self, size: int) -> None:
-        """The block ends at `size`; only a Range may promise more than there is."""
-        known = self.block.announced
-        if self.position > 0 and known is not None and size < known:
-            raise self._changed("%d bytes, then %d" % (known, size))
-        self.block.learn_size(size)
+    def _pause(self, error: HtsgetException, retry: _Retry) -> None:
+        """Wait before the next request, or raise the error if there is none."""
+        seconds, transport = retry.pause(error), self._transfer.transport
+        if isinstance(getattr(error, "source", None), socket.timeout):
+            # A server may leave a new connection unanswered while others are open.
+            transport.close_idle()
+        _log.warning("%s; trying again in %.1f s", error, seconds)
+        transport.wait(seconds)
 
-    def _changed(self, conflict: str) -> _Restart:
-        text, url = "%s has changed during the transfer (%s)", self.block.request[0]
-        reason = ProtocolError(text, _shown(url), _printable(conflict))
-        reason._marked(_transient=True, _is_changed=True)
-        return _Restart(self.block.index, reason)
+    def _repeat_elsewhere(self, error: HtsgetException, retry: _Retry) -> None:
+        """Let the next replica have a try; if none has the object, it has changed."""
+        trouble = self._trouble
+        trouble["contradictions"] += 1
+        if trouble["contradictions"] > _REPLICA_ATTEMPTS:
+            if not self.block.object.has_two_nodes:
+                where = _shown(self.block.request.url), error
+                raise _ObjectChanged("%s: %s" % where)
+            trouble["contradictions"] = 0
+            self._pause(error, retry)
 
-    def _open(self) -> Tuple[_Asked, _Answer]:
-        """What was asked, and an answer that has data of the known object."""
-        block, options = self.block, self._transfer.options
-        for attempt in range(1 + _REPLICA_TRIES):
-            asked, ticket = _ask(block, self.position, self.limit()), block.request[2]
-            answer = self._request(asked)
-            is_empty = answer.status == 206 and answer.size == 0 != asked.size()
-            if answer.status not in (200, 206) or is_empty:
-                answer = self._on_refusal(asked, answer, ticket)
-            self._tickets.served(block)
-            # A slice that is sent as a file of its own has its own validators.
-            is_slice = answer.status == 200 and answer.size == asked.size()
-            is_own_file = is_slice and block.base > 0 and not asked.is_changed
-            conflict = "" if is_own_file else block.resource.conflict(answer)
-            if not conflict:
-                return asked, answer
-            can_vouch = options.verify and self._tickets.ticket.md5 is not None
-            if attempt == _REPLICA_TRIES and can_vouch and block.resource.vouch(answer):
-                return asked, answer
-            # Behind a balancer, the next answer may come from another replica.
-            answer.close()
-            self._transport.wait(random.uniform(0, 0.002) * attempt)
-        raise self._changed(conflict)
-
-    def _request(self, asked: _Asked) -> _Answer:
-        """The answer to a request, once its server may be asked."""
-        url, hosts = self.block.request[0], self._transfer.hosts
-        while hosts.delay(url) > 0:
-            # Not all at the same moment.
-            self._transport.wait(hosts.delay(url) + random.uniform(0, 0.1))
-        return self._transport.request(url, asked.headers)
-
-    def _on_refusal(self, asked: _Asked, answer: _Answer, ticket: int) -> _Answer:
-        """The answer to the same request after all; an error that is free when another
-        one may help, else the refusal.
-
-        That a changed Range is refused means something only if the ticket's own
-        request is served and the changed one is then refused once more; if both are
-        refused, the URL has expired.
-        """
-        status, refusal = answer.status, _damaged(answer, "has no data")
-        if status != 206:
-            refusal = _refusal(answer, "data block")
-        answer.close()
-        reason = RetryableError("%s was refused", _shown(answer.url))
-        if asked.is_changed and status in _RANGE_REFUSED_STATUS:
-            own = _ask(self.block, 0, None)
-            proof = self._request(own)
-            if proof.status in (200, 206):
-                proof.close()
-                answer = self._request(asked)
-                if answer.status in (200, 206) and answer.size != 0:
-                    return answer
-                answer.close()
-                is_twice = answer.status == status in (206, 416)
-                if is_twice and self._is_end(own, proof, answer):
-                    raise reason._marked(_is_free=True)
-                is_same = self.block.request[2] == ticket
-                if is_same and answer.status in _RANGE_REFUSED_STATUS:
-                    self.block.move_down(_OWN)
-                raise reason._marked(_is_free=self._has_moved())
-            status, refusal = proof.status, _refusal(proof, "data block")
-        if status in _EXPIRED_STATUS:
-            if self._tickets.renew(self._transport, self.block, ticket):
-                raise reason._marked(_is_free=True)
-        raise refusal
-
-    def _is_end(self, own: _Asked, proof: _Answer, answer: _Answer) -> bool:
-        """Whether the block ends at the part's position, as the answer to the ticket's
-        own request shows; if so, the size is learned."""
-        base, span = self.block.base, _locate(self.block, own, proof)[0]
-        if span is None or self.block.resource.conflict(proof):
+    def _made_way(self, error: HtsgetException) -> bool:
+        """Wait for one of the fewer places; False if there was no need to wait."""
+        began = time.monotonic()
+        if not self._transfer.places.wait(self):
             return False
-        end, total = span.end, _evidence(proof)[2]
-        if end is None or (end < self.position and total is None):
-            # The server gives ranges in pieces, or no length: the refusal must tell.
-            said = answer.fields.get("content-range", "").strip()
-            match = _NO_CONTENT_RANGE.match(said)
-            if match is None and proof.status == 200:
-                # The whole of it: no piece, and nothing that says where it ends.
-                return False
-            end = int(match.group(1)) - base if match else self.position
-            if self.position == self.start and not match:
-                # Of a part that begins beyond the end nobody knows where that is.
-                raise ContentLengthMismatch("%s: no data", _shown(answer.url))
-        is_at_end = end == self.position or end < self.position == self.start
-        if not is_at_end or (total is not None and total - base > end):
-            return False
-        self._learn_size(max(0, end))
+        passed = time.monotonic() - began
+        self._transfer.transport.wait(error._retry_after - passed)
         return True
 
+    def _descend(self, error: HtsgetException, ask: _Ask) -> None:
+        """After a refusal: a renewed ticket, the ticket's own request, or the error."""
+        trouble, block, transfer = self._trouble, self.block, self._transfer
+        is_trial = ask.is_changed and not block.object.is_proven
+        most = _RENEWALS_CHANGED if is_trial else _RENEWALS_OWN
+        if trouble["renewals"] < most and not isinstance(transfer.source, Ticket):
+            trouble["renewals"] += 1
+            with transfer.places.hold(self):
+                transfer.renew(ask.request.ticket)
+        elif is_trial:
+            trouble["renewals"] = 0
+            block.use_own_requests()
+        else:
+            raise error
 
-def _checked_body(answer: _Answer) -> Iterator[bytes]:
-    """The body; an error when its label is wrong in a way that changes the bytes."""
-    is_html = "text/html" in answer.fields.get("content-type", "").lower()
-    coding = answer.fields.get("content-encoding", "identity").strip() or "identity"
-    pieces = answer.pieces()
-    start = next(pieces, b"")
-    if is_html or coding.lower() != "identity":
-        # A label that may be wrong: the first bytes decide.
-        for data in pieces:
-            start += data
-            if len(start) >= _HEAD:
-                break
-        if coding.lower() != "identity" and _kind(start) == "gzip":
-            text = "%s: the data was compressed on the way (Content-Encoding: %s)"
-            raise ProtocolError(text, _shown(answer.url), _printable(coding, 40))
-    if _is_page(start):
-        raise ProtocolError("%s: a web page instead of data", _shown(answer.url))
-    yield start
-    yield from pieces
+    def _doubt_ranges(self, error: HtsgetException, status: int, retry: _Retry) -> None:
+        """A changed Range of an object of which none has worked has failed: it may be
+        the server's way. Much is not read again to find that out."""
+        trouble, is_dear = self._trouble, self.position > _REREAD_LIMIT
+        is_useless = isinstance(error, _NotUseful)
+        is_closed = isinstance(error.__cause__, http.client.RemoteDisconnected)
+        is_broken = status == 500 or is_closed
+        is_refused = not error._transient and status > 0
+        trouble["useless"] = trouble["useless"] + 1 if is_useless else 0
+        trouble["broken"] = trouble["broken"] + 1 if is_broken else 0
+        if not is_dear and (is_refused or 2 in (trouble["useless"], trouble["broken"])):
+            self.block.use_own_requests()
+        elif is_dear or not is_useless:
+            try:
+                self._pause(RetryableError(str(error)) if is_refused else error, retry)
+            except RetryableError:
+                if not is_dear:
+                    raise
+                self.block.use_own_requests()
+                retry.progress(_PROGRESS)
 
 
-# ---- several parts, delivered in order
+def _bounded(block: _Block, reply: _Reply) -> Iterator[bytes]:
+    span, response = reply.span, reply.response
+    end = block.size if span.end is None else span.end
+    offset = span.start
+    for data in response.body():
+        offset += len(data)
+        if end is not None and offset > end:
+            if span.is_in_doubt:
+                text = "the server ignores the Range header"
+                raise _IgnoresRange(_of(block, response, text))
+            raise _damaged(block, response, "more data than announced")
+        yield data
+
+
+# ---- the window
 #
-# The window reads parts ahead and delivers them in order; it knows nothing of outputs.
+# Splits blocks into parts, strictly in order, and yields their data in order. There is
+# one decision, in one direction: at first the caller's thread reads whole blocks; once
+# it mostly waits, helper threads read ahead for the rest of the transfer. Owns the
+# place where unread data begins, the slots and the helpers. Promise 3.
 
-
-class _Pace:
-    """Decides how many connections a transfer uses, by the CPU time of its threads.
-
-    One connection, read by the caller's own thread, is fastest when the processor is
-    the limit; several are while the transfer mostly waits.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.wanted = 1
-        self._lock = threading.RLock()
-        # Each thread's CPU time and the time when it was last counted.
-        self._mine = threading.local()
-        self._cpu = self._sampled = 0.0
-        # Seconds that the output or the stream's reader took of the interval.
-        self._delivery = 0.0
-        # Samples in a row that found it busy, and how many it takes.
-        self._busy = 0
-        self._patience = _BUSY_SAMPLES
-        # Until when a server that refused connections is spared, and for how long.
-        self._crowded_until = 0.0
-        self._crowded_for = _CROWDED
-        # How often it helped to let connections go.
-        self._rescues = 0
-
-    def may_cut(self) -> bool:
-        """Whether blocks may be cut into pieces for several connections."""
-        return self.most > 1 and not self._is_sparing()
-
-    def is_due(self) -> bool:
-        """Whether it is time for the calling thread's next sample."""
-        return time.monotonic() - getattr(self._mine, "last", (0.0,))[0] >= _SAMPLE
-
-    def delivered(self, seconds: float) -> None:
-        """Count the time of a delivery: a slow output is not a slow server."""
-        self._delivery += seconds
-
-    def sample(self, may_grow: bool, is_whole: bool) -> None:
-        """Count the calling thread's CPU time; and adapt to what all have used, if the
-        most important one of them is not missing in it (`is_whole`)."""
-        now, cpu, mine = time.monotonic(), _thread_time(), self._mine
-        before = getattr(mine, "last", (now, cpu))[1]
-        with self._lock:
-            self._cpu += cpu - before
-            mine.last = now, cpu
-            # The first sample only begins the interval.
-            self._sampled = self._sampled or now
-            passed = now - self._sampled
-            if not is_whole or passed < _SAMPLE:
-                return
-            use = max(self._cpu, self._delivery) / passed
-            self._cpu, self._delivery, self._sampled = 0.0, 0.0, now
-            self._busy = self._busy + 1 if use > _BUSY else 0
-            if use < _IDLE and may_grow:
-                self.grow()
-            elif self._busy >= self._patience and self.wanted > 1:
-                # May oscillate: require twice the samples next time.
-                self._patience *= 2
-                self.wanted = 1
-
-    def grow(self) -> None:
-        """Use twice as many, unless a server is to be spared."""
-        with self._lock:
-            if not self._is_sparing():
-                self.wanted = min(2 * self.wanted, self.most)
-
-    def _is_sparing(self) -> bool:
-        """Whether a server has refused one of several connections lately."""
-        return time.monotonic() < self._crowded_until
-
-    def crowd(self) -> None:
-        """A server refuses one of several connections: use half as many, and grow
-        again late."""
-        with self._lock:
-            self.wanted = max(1, self.wanted // 2)
-            self._crowded_until = time.monotonic() + self._crowded_for
-            self._crowded_for *= 2
-
-    def rescue(self) -> None:
-        """It helped to let connections go; the second time that is no coincidence."""
-        self._rescues += 1
-        if self._rescues == 2:
-            self.limit(1)
-
-    def limit(self, most: int) -> None:
-        """Use no more than this from now on."""
-        with self._lock:
-            self.most = max(1, most)
-            self.wanted = min(self.wanted, self.most)
+# A chunk: the number of its block, its offset in that block, and the data.
+_Chunk = Tuple[int, int, bytes]
 
 
 class _Slot:
-    """A part in the window, read by the caller's own thread or ahead by a helper, with
-    what was read of it and the error that ended it."""
+    """A part that is read ahead, its data so far, and the error that ended it."""
 
-    def __init__(self, part: _Part, is_own: bool) -> None:
+    def __init__(self, part: _Part) -> None:
         self.part = part
-        self.is_own = is_own
         self.held = 0
         self.is_done = False
-        self._data: List[bytes] = []
-        self._error: Optional[BaseException] = None
+        self.error: Optional[BaseException] = None
+        self._chunks: List[_Chunk] = []
 
-    def put(self, data: bytes) -> None:
-        """Add data that was read."""
-        self._data.append(data)
-        self.held += len(data) + _CHUNK_COST
+    def put(self, offset: int, data: bytes) -> None:
+        self._chunks.append((self.part.block.index, offset, data))
+        self.held += len(data) + _CHUNK_OVERHEAD
 
-    def end(self, error: Optional[BaseException] = None) -> None:
-        """Nothing more comes."""
-        self._error = error
-        self.is_done = True
+    def take(self) -> List[_Chunk]:
+        chunks, self._chunks, self.held = self._chunks, [], 0
+        return chunks
 
-    def take(self) -> List[bytes]:
-        """Remove and return what is there; raises the error once all is taken."""
-        data, self._data, self.held = self._data, [], 0
-        if not data and self._error is not None:
-            raise self._error
+    def end(self, error: Optional[BaseException]) -> None:
+        self.error, self.is_done = error, True
+
+
+class _Clock:
+    """Whether the caller's thread mostly waits for servers, by its recent time."""
+
+    def __init__(self) -> None:
+        self._wall = self._cpu = 0.0
+        self._halved = time.monotonic()
+
+    def next(self, chunks: Iterator[bytes]) -> Optional[bytes]:
+        """The next chunk, None after the last; counts the time that it takes."""
+        wall, cpu = time.monotonic(), _thread_time()
+        data = next(chunks, None)
+        now = time.monotonic()
+        self._wall += now - wall
+        self._cpu += _thread_time() - cpu
+        if now - self._halved > 1.0:
+            # Old samples fade.
+            self._wall, self._cpu, self._halved = self._wall / 2, self._cpu / 2, now
         return data
 
-    def key(self) -> Tuple[int, int]:
-        """Where it stands in the order of the data."""
-        return self.part.block.index, self.part.start
+    def is_waiting(self) -> bool:
+        return self._wall - self._cpu > max(_NOTICEABLE, 3 * self._cpu)
 
 
-# A part of a block: its number, start and end (None: the block's end).
-_Run = Tuple[int, int, Optional[int]]
+class _Pace:
+    """The rate of one connection, and the size of a cut that is worth a request."""
+
+    def __init__(self, most: int) -> None:
+        self.cut = min(_FIRST_CUT, most)
+        self._most = most
+
+    def chunks(self, part: _Part, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on a part's chunks and measure the time that they take to arrive."""
+        first_wait = waited = 0.0
+        start = position = part.position
+        before = time.monotonic()
+        for data in chunks:
+            passed = time.monotonic() - before
+            if part.position - len(data) == start:
+                # The rate counts from the first byte.
+                first_wait, position = passed, part.position
+            else:
+                waited += passed
+            yield data
+            before = time.monotonic()
+        if part.position - start >= _SMALLEST_CUT and waited > 0:
+            cut = (part.position - position) / waited * max(1.0, first_wait)
+            self.cut = min(max(int(cut), _SMALLEST_CUT), self._most)
 
 
 class _Window:
-    """Reads the blocks from a place on, several parts at once if that pays, and
-    delivers their bytes in order.
+    """Yields the data of a resumed part, if any, and of all blocks from `first` on."""
 
-    At first the caller's thread reads by itself. While it mostly waits, helpers read
-    ahead into slots of bounded size, and the caller's thread delivers what they read.
-    """
-
-    def __init__(self, transfer: _Transfer, index: int, offset: int) -> None:
+    def __init__(
+        self, transfer: _Transfer, first: int, resumed: Optional[_Part]
+    ) -> None:
         self._transfer = transfer
-        self._transport = transfer.transport
-        self._pace = transfer.pace
-        # Bytes that a slot holds, and that a block is cut into.
-        window = min(self._pace.most * _WINDOW_EACH, _WINDOW_MOST)
-        self._piece = window // self._most_slots()
-        # What no slot reads yet: runs in order, then the blocks from `next` on.
-        self._unread: List[_Run] = [(index, offset, None)] if offset > 0 else []
-        self._next = index + len(self._unread)
+        self._most = transfer.options.connections
+        # Slots hold this much each; a cut fits whole.
+        window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
+        self._share = window // (2 * self._most)
+        self._pace = _Pace(self._share)
+        self._clock = _Clock()
+        # Where the data begins that nobody has started to read: a block and an offset.
+        self._place = first, 0
+        # Guards all that helpers share, and tells of its changes.
+        self._changed = threading.Condition()
         self._slots: Deque[_Slot] = collections.deque()
-        # On one lock: something came for the caller's thread; there is work or room.
-        lock = threading.RLock()
-        self._arrived = threading.Condition(lock)
-        self._needed = threading.Condition(lock)
         self._helpers: List[threading.Thread] = []
-        # When the caller's thread began to wait for data (time.monotonic), and whether
-        # full slots should give up their connections for it.
-        self._waits_since: Optional[float] = time.monotonic()
-        self._is_starving = False
+        self._resumed = resumed
+        # Since when the caller waits for the part that is due.
+        self._waits_since: Optional[float] = None
+        # The due part and the number of its request that was last relieved.
+        self._relieved: Tuple[Optional[_Part], int] = (None, 0)
 
-    def chunks(self) -> Generator[Tuple[int, int, bytes], None, None]:
-        """All bytes in order, as (block, offset in it, data)."""
-        while True:
-            slot = self._head()
-            if slot is None:
-                return
-            offset = slot.part.start
-            for data in self._read_own(slot) if slot.is_own else self._fetched(slot):
-                self._waits_since = None
-                begun = time.monotonic()
-                yield slot.part.block.index, offset, data
-                offset += len(data)
-                self._waits_since = time.monotonic()
-                self._pace.delivered(self._waits_since - begun)
-                self._sample(is_own=True)
-            with self._arrived:
-                self._slots.popleft()
-                if self._pace.wanted > 1:
-                    # A lone helper only watches: not to be woken block by block.
-                    self._needed.notify_all()
+    def chunks(self) -> Generator[_Chunk, None, None]:
+        part = self._resumed or self._claim()
+        while part is not None:
+            yield from self._read(part)
+            part = None if self._helpers else self._claim()
+        for slot in iter(self._next_slot, None):
+            yield from self._take(slot)
 
     def close(self) -> None:
-        """End all helpers, within a second in all."""
-        self._transport.stop()
-        with self._arrived:
-            self._needed.notify_all()
+        self._transfer.transport.stop()
+        with self._changed:
+            self._changed.notify_all()
         deadline = time.monotonic() + 1.0
-        for thread in self._helpers:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for helper in list(self._helpers):
+            helper.join(max(0.0, deadline - time.monotonic()))
 
-    def _head(self) -> Optional[_Slot]:
-        """The slot that is delivered next; None at the end."""
-        with self._arrived:
+    # The caller's side.
+
+    def _read(self, part: _Part) -> Iterator[_Chunk]:
+        self._transfer.places.prefer(part)
+        with contextlib.closing(part.read()) as chunks:
             while True:
-                if self._slots and not self._is_due():
-                    return self._slots[0]
-                if self._is_all_claimed():
+                self._waits_since = time.monotonic()
+                data = self._clock.next(chunks)
+                self._waits_since = None
+                if data is None:
+                    return
+                yield part.block.index, part.position - len(data), data
+                if not self._helpers and self._most > 1 and self._clock.is_waiting():
+                    self._spread(part)
+
+    def _spread(self, part: _Part) -> None:
+        """Have helpers read what follows the next cut of the caller's part or block."""
+        block, cut = part.block, part.position + self._pace.cut
+        # A healthy stream is not given up for a try.
+        is_cheap = part.position - part.start <= _REREAD_LIMIT or block.object.is_proven
+        is_long = block.size is not None and block.size - cut > _SMALLEST_CUT
+        is_cut = is_cheap and is_long and block.can_be_cut()
+        with self._changed, _signals_blocked():
+            if not is_cut and self._place[0] >= len(self._transfer.blocks):
+                return
+            # The places keep so many from exceeding `connections`.
+            for _ in range(self._most):
+                # Daemons cannot keep the process from ending.
+                helper = threading.Thread(target=self._help, name="htsget", daemon=True)
+                try:
+                    helper.start()
+                except RuntimeError:
+                    # The system has no more threads.
+                    break
+                self._helpers.append(helper)
+            if not self._helpers:
+                self._most = 1
+            elif is_cut:
+                part.stop_at(cut)
+                self._place = block.index, cut
+
+    def _next_slot(self) -> Optional[_Slot]:
+        with self._changed:
+            while not self._slots:
+                if self._place[0] >= len(self._transfer.blocks):
                     return None
-                if self._pace.most > 1 and not self._helpers:
-                    # It watches the caller's thread, and is the first to help it.
-                    self._add_helper()
-                if self._pace.wanted == 1:
-                    self._claim(is_own=True)
-                else:
-                    self._rest(self._arrived)
+                self._pause()
+            self._transfer.places.prefer(self._slots[0].part)
+            return self._slots[0]
 
-    def _read_own(self, slot: _Slot) -> Iterator[bytes]:
-        """Read a part in the caller's thread."""
-        part = slot.part
-        for data in part.read(self._is_crowded):
-            if part.is_complete() and self._pace.wanted == 1:
-                self._ask_ahead()
-            yield data
-            self._adjust(part)
+    def _take(self, slot: _Slot) -> Iterator[_Chunk]:
+        """Yield what helpers read of a part. After an error that passes, the caller's
+        thread reads the part on: an outage that is over must not end a transfer."""
+        is_done = False
+        while not is_done:
+            with self._changed:
+                self._waits_since = time.monotonic()
+                while not slot.held and not slot.is_done:
+                    self._pause()
+                self._waits_since = None
+                chunks, is_done = slot.take(), slot.is_done
+                self._changed.notify_all()
+            yield from chunks
+        with self._changed:
+            self._slots.popleft()
+            self._changed.notify_all()
+        if isinstance(slot.error, HtsgetException) and slot.error._transient:
+            yield from self._read(slot.part)
+        elif slot.error is not None:
+            raise slot.error
 
-    def _ask_ahead(self) -> None:
-        """Ask for the next block while the last bytes of this one are written: the
-        server takes a moment to answer. Only where it answers a Range with 206, which
-        says what bytes these are."""
-        with self._arrived:
-            if self._unread or self._is_all_claimed():
-                return
-            block = self._transfer.tickets.blocks[self._next]
-        url, headers, _ = block.request
-        is_told = block.is_range and block.size and block.resource.is_ranged
-        if is_told and self._transfer.hosts.delay(url) <= 0:
-            self._transport.ask_ahead(url, headers)
+    # Both sides, with the lock.
 
-    def _adjust(self, part: _Part) -> None:
-        """Leave the rest of the block that the caller's thread reads to helpers, if
-        there are any; take it back when there are none."""
-        pace = self._pace
-        if pace.wanted == 1 and part.end is None:
-            return
-        with self._arrived:
-            rest = self._unread[0] if self._unread else None
-            end = part.position + self._piece
-            if pace.wanted > 1 and part.end is None and self._can_cut(part.block, end):
-                part.stop_at(end)
-                self._unread.insert(0, (part.block.index, end, None))
-                self._needed.notify_all()
-            elif pace.wanted == 1 and rest and rest[:2] == (part.block.index, part.end):
-                part.stop_at(rest[2])
-                del self._unread[0]
+    def _pause(self) -> None:
+        """Wait for a change; relieve a part that is due and starved."""
+        part, transfer = self._transfer.places.due, self._transfer
+        if part is not None and self._is_starved():
+            if self._relieved != (part, part.requests):
+                self._relieved = part, part.requests
+                transfer.transport.close_idle()
+                transfer.places.reduce()
+        self._changed.wait(_POLL)
+        transfer.transport.wait(0)
 
-    def _fetched(self, slot: _Slot) -> Iterator[bytes]:
-        """What a helper reads of a part, as it comes."""
-        while True:
-            with self._arrived:
-                self._wait_for(slot)
-                is_done, data = slot.is_done, slot.take()
-                self._needed.notify_all()
-            yield from data
-            if is_done and not data:
-                return
+    def _is_starved(self, other: Optional[_Part] = None) -> bool:
+        """Whether the caller has waited long without any response to the part that is
+        due, if it is not `other`: the server may handle only so many connections."""
+        part, since = self._transfer.places.due, self._waits_since
+        idle_since = None if part is None else part.idle_since
+        if since is None or idle_since is None or part is other:
+            return False
+        return time.monotonic() - max(since, idle_since) > _STARVED
 
-    def _wait_for(self, slot: _Slot) -> None:
-        """Wait until a helper has read something of a part, or its end.
+    def _claim(self) -> Optional[_Part]:
+        index, start = self._place
+        if index >= len(self._transfer.blocks):
+            return None
+        block = self._transfer.blocks[index]
+        end = self._next_end(block, start)
+        self._place = (index + 1, 0) if end is None else (index, end)
+        return _Part(self._transfer, block, start, end)
 
-        If nothing comes for long, the server may handle only so many connections:
-        close the idle ones, then have full slots give up theirs. Use a single one from
-        then on if that has helped.
-        """
-        since = looked = time.monotonic()
-        let_go = 0.0
-        while not slot.held and not slot.is_done:
-            self._rest(self._arrived)
-            now = time.monotonic()
-            if now - looked > _STARVED:
-                looked = now
-                if self._transport.close_idle():
-                    let_go = now
-            if now - since > _LET_GO and not self._is_starving:
-                self._is_starving, let_go = True, now
-                self._needed.notify_all()
-        self._is_starving = False
-        if time.monotonic() - let_go < _STARVED / 2:
-            self._pace.rescue()
+    def _next_end(self, block: _Block, start: int) -> Optional[int]:
+        end = start + self._pace.cut
+        is_worth_it = block.size is not None and block.size - end > _SMALLEST_CUT
+        return end if self._helpers and is_worth_it and block.can_be_cut() else None
 
-    def _rest(self, change: threading.Condition) -> None:
-        """Wait a moment for a change (with the lock)."""
-        self._transport.wait(0)
-        change.wait(_SAMPLE)
-        self._sample(is_own=change is self._arrived)
-
-    def _sample(self, is_own: bool) -> None:
-        if self._pace.is_due():
-            with self._arrived:
-                # While the caller's thread does not wait, only it knows what it used.
-                self._pace.sample(self._may_grow(), is_own or self._is_stalled())
-
-    def _is_stalled(self) -> bool:
-        """Whether the caller's thread has waited for a while."""
-        since = self._waits_since
-        return since is not None and time.monotonic() - since > 2 * _SAMPLE
-
-    # Who reads what.
-
-    def _most_slots(self) -> int:
-        """Twice as many as connections, so that none waits for the delivery."""
-        return min(2 * self._pace.most, _PARTS_MOST)
-
-    def _is_due(self) -> bool:
-        """Whether what was given back comes before all that is being read."""
-        first = self._slots[0].key() if self._slots else (-1, 0)
-        return bool(self._unread) and self._unread[0][:2] < first
-
-    def _is_all_claimed(self) -> bool:
-        return not self._unread and self._next >= len(self._transfer.tickets.blocks)
-
-    def _may_grow(self) -> bool:
-        """Whether there is work for more connections, and no server asks to wait."""
-        own = self._slots[0].part if self._slots and self._slots[0].is_own else None
-        is_big = own is not None and self._can_cut(own.block, own.position)
-        work = is_big or not self._is_all_claimed()
-        return work and not self._transfer.hosts.is_patient()
-
-    def _claim(self, is_own: bool) -> _Slot:
-        """Make a slot for the next unread part, a piece of a block if helpful."""
-        blocks = self._transfer.tickets.blocks
-        if self._unread:
-            index, start, end = self._unread.pop(0)
-        else:
-            index, start, end = self._next, 0, None
-            self._next += 1
-        cut = start + self._piece
-        if not is_own and end is None and self._can_cut(blocks[index], cut):
-            self._unread.insert(0, (index, cut, end))
-            end = cut
-        slot = _Slot(_Part(self._transfer, blocks[index], start, end), is_own)
-        self._slots.insert(sum(s.key() < slot.key() for s in self._slots), slot)
-        return slot
-
-    def _can_cut(self, block: _Block, at: int) -> bool:
-        """Whether a block's Range may be changed, and what follows is worth it."""
-        return (
-            block.data is None
-            and block.size is not None
-            and block.size - at > self._piece // 2
-            and block.way == _RANGES
-            and not block.is_guessed
-            and block.resource.is_ranged
-            and self._pace.may_cut()
-        )
-
-    def _is_crowded(self, part: _Part) -> bool:
-        """A server refuses the connection of a part: if others are open, give the rest
-        of the part back, for fewer connections to read."""
-        with self._arrived:
-            readers = [slot for slot in self._slots if not slot.is_done]
-            if len(readers) < 2:
-                return False
-            self._pace.crowd()
-            if self._slots[0].is_own and self._slots[0].part is part:
-                return False
-            self._give_back(part)
-            return True
-
-    def _give_back(self, part: _Part) -> None:
-        """Leave the rest of a part unread, joined with what is unread of its block:
-        fewer requests, while blocks are not cut."""
-        runs: List[_Run] = []
-        rest = part.block.index, part.position, part.end
-        part.stop_at(part.position)
-        for index, start, end in sorted([*self._unread, rest], key=lambda run: run[:2]):
-            if runs and runs[-1][0] == index and runs[-1][2] == start:
-                index, start = runs.pop()[:2]
-            runs.append((index, start, end))
-        self._unread = runs
+    def _is_trial_pending(self) -> bool:
+        """Whether the next part must wait for the first cut of its object."""
+        index, start = self._place
+        block = self._transfer.blocks[min(index, len(self._transfer.blocks) - 1)]
+        is_whole = start == 0 and self._next_end(block, start) is None
+        if is_whole or block.mode == _OWN or block.object.is_proven:
+            return False
+        parts = [slot.part for slot in self._slots if not slot.is_done]
+        cuts = [part for part in parts if part.start > 0 or part.end is not None]
+        return any(part.block.object is block.object for part in cuts)
 
     # The helpers' side.
 
-    def _add_helper(self) -> None:
-        # A daemon, so that nothing can keep the process from ending.
-        thread = threading.Thread(target=self._help, name="htsget", daemon=True)
-        try:
-            with _signals_blocked():
-                thread.start()
-            self._helpers.append(thread)
-        except RuntimeError:
-            # The system has no more threads: go on with those that there are.
-            self._pace.limit(len(self._helpers))
-
     def _help(self) -> None:
-        """Read parts ahead until the window ends."""
         with contextlib.suppress(_Stopped):
-            while True:
-                slot = self._next_ahead()
+            for slot in iter(self._open_slot, None):
                 error: Optional[BaseException] = None
                 try:
-                    self._read_ahead(slot)
-                except _Stopped:
-                    raise
+                    while self._read_ahead(slot):
+                        pass
                 except BaseException as failure:
                     error = failure
-                with self._arrived:
+                with self._changed:
                     slot.end(error)
-                    self._arrived.notify()
+                    self._changed.notify_all()
 
-    def _next_ahead(self) -> _Slot:
-        """The next part to read ahead, once there is need and room for it."""
-        with self._arrived:
-            while True:
-                if self._pace.wanted == 1 and self._is_stalled() and self._may_grow():
-                    # While the caller's thread waits for a server, others may, too.
-                    self._pace.grow()
-                reading = sum(not slot.is_done for slot in self._slots)
-                room = len(self._slots) < self._most_slots()
-                # Full slots wait for what was given back, and is due before them.
-                allowed = (reading < self._pace.wanted and room) or self._is_due()
-                if self._pace.wanted > 1 and allowed and not self._is_all_claimed():
-                    if len(self._helpers) < self._pace.wanted:
-                        self._add_helper()
-                    return self._claim(is_own=False)
-                self._rest(self._needed)
+    def _open_slot(self) -> Optional[_Slot]:
+        with self._changed:
+            while len(self._slots) >= 2 * self._most or self._is_trial_pending():
+                self._pause()
+            part = self._claim()
+            if part is None:
+                return None
+            self._slots.append(_Slot(part))
+            self._changed.notify_all()
+            return self._slots[-1]
 
-    def _read_ahead(self, slot: _Slot) -> None:
-        """Read a part into its slot, as far as there is room."""
-        while not slot.part.is_complete():
-            with contextlib.closing(slot.part.read(self._is_crowded)) as pieces:
-                for data in pieces:
-                    with self._arrived:
-                        slot.put(data)
-                        if slot is self._slots[0]:
-                            self._arrived.notify()
-                        while slot.held >= self._piece:
-                            if self._is_starving:
-                                # Another part may be waiting for the connection.
-                                pieces.close()
-                            self._rest(self._needed)
-                    self._sample(is_own=False)
+    def _read_ahead(self, slot: _Slot) -> bool:
+        """Fill a slot; True if its connection was given up for the part that is due."""
+        part = slot.part
+        with contextlib.closing(part.read()) as chunks:
+            for data in self._pace.chunks(part, chunks):
+                with self._changed:
+                    slot.put(part.position - len(data), data)
+                    if slot is self._slots[0]:
+                        self._changed.notify_all()
+                    while self._is_full(slot) and not self._is_starved(part):
+                        self._pause()
+                if self._is_full(slot):
+                    break
+            else:
+                return False
+        with self._changed:
+            while self._is_full(slot):
+                self._pause()
+        return True
+
+    def _is_full(self, slot: _Slot) -> bool:
+        return slot.held >= self._share and not slot.part.is_complete()
 
 
 # ---- output and journal
 #
-# Where the bytes go. An output knows positions in bytes, and nothing of blocks; the
-# journal of a path says what a later run can prove of the bytes that are kept.
+# Where the data goes. An output knows positions in bytes, and nothing of data blocks.
+# The journal beside a part file says what a later run can prove of the bytes in it.
+# This section owns both files, their lock and the final name: a file appears under that
+# name only when it is complete (promise 1), and what was fetched is kept (promise 2).
 
 
 @contextlib.contextmanager
-def _naming(path: Optional[str]) -> Iterator[None]:
-    """Have the errors of what was opened here carry its path."""
+def _naming(path: str) -> Iterator[None]:
+    """Have the errors of a file that was opened here carry its path."""
     try:
         yield
     except OSError as error:
-        if path is None or error.filename is not None:
+        if not path or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, path) from None
 
 
 class _Output:
-    """A binary file object that takes the data, from its current position on. With a
-    path, it was opened here, and is closed here."""
+    """A binary file object; with a path, it was opened here and is closed here."""
 
-    def __init__(self, stream: Any, path: Optional[str] = None) -> None:
+    def __init__(self, stream: Any, path: str = "") -> None:
         self._stream = stream
         self._path = path
-        # What to call it in messages.
+        # What messages call it.
         self.name = os.path.basename(path or "output")
-        # Bytes of the last write that have got there.
+        # How many bytes of the last write got there.
         self.taken = 0
-        # Where the data begins, if the stream can be taken back there.
+        # Whether it is a regular file; where the data begins in it, if it is seekable.
+        self._is_file = False
         self._start: Optional[int] = None
-        with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
-            self._start = self._find_start(stream)
-
-    def _find_start(self, stream: Any) -> Optional[int]:
-        """Where a stream stands; None if it is not seekable or cannot be truncated."""
-        raw = getattr(stream, "raw", stream)
-        if getattr(type(raw), "truncate", raw.truncate) is IOBase.truncate:
-            return None
-        if hasattr(stream, "seekable") and not stream.seekable():
-            return None
-        with contextlib.suppress(AttributeError, OSError):  # BytesIO has no number
-            number = stream.fileno()
-            mode = os.fstat(number).st_mode
-            if not stat.S_ISREG(mode) and not (self._path and stat.S_ISCHR(mode)):
-                return None
-            if fcntl and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_APPEND:
-                # As after ">>" in a shell, where the position begins at 0.
+        absent = AttributeError, OSError, TypeError, ValueError
+        with contextlib.suppress(*absent):
+            self._is_file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+            if fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND:
+                # After ">>" in a shell, the position is 0.
                 stream.seek(0, os.SEEK_END)
-        return int(stream.tell())
+        with contextlib.suppress(*absent):
+            if stream.seekable():
+                self._start = int(stream.tell())
 
     def is_seekable(self) -> bool:
-        """Whether `truncate` works."""
         return self._start is not None
 
     def write(self, data: bytes) -> None:
-        """Write all of `data`, also to what takes less at once."""
         self.taken = 0
         with _naming(self._path):
             while self.taken < len(data):
-                count = self._stream.write(data[self.taken :])
+                rest = data[self.taken :]
+                count = self._stream.write(rest)
                 if count is None and not isinstance(self._stream, RawIOBase):
-                    count = len(data)
-                if not count:
-                    raise BlockingIOError(errno.EAGAIN, "the output takes no more data")
-                self.taken += count
+                    count = len(rest)
+                self.taken += count or self._await_room()
+
+    def _await_room(self) -> int:
+        """Wait a second at most for a non-blocking output that is full."""
+        try:
+            select.select([], [self._stream], [], 1)
+        except (TypeError, ValueError):
+            text = "the output accepts no more data"
+            raise BlockingIOError(errno.EAGAIN, text) from None
+        return 0
 
     def truncate(self, position: int) -> None:
-        """Forget what was written from `position` on."""
         with _naming(self._path):
             self._stream.seek((self._start or 0) + position)
-            try:
-                self._stream.truncate()
-            except OSError as error:
-                # A device has no length.
-                if error.errno != errno.EINVAL:
-                    raise
-
-    def sync(self) -> None:
-        """Have the data on the disk, where the file system can tell."""
-        try:
-            with _naming(self._path):
-                os.fsync(self._stream.fileno())
-        except OSError as error:
-            if error.errno not in _NO_FSYNC:
-                raise
+            self._stream.truncate()
 
     def commit(self, size: int) -> None:
-        """The data is complete, `size` bytes."""
-        if hasattr(self._stream, "flush"):
-            self._stream.flush()
+        """The data is complete, `size` bytes: have it on the disk."""
+        with _naming(self._path):
+            if hasattr(self._stream, "flush"):
+                self._stream.flush()
+            try:
+                if self._is_file:
+                    os.fsync(self._stream.fileno())
+            except OSError as error:
+                if error.errno not in _NO_FSYNC:
+                    raise
 
     def close(self) -> None:
-        """Let go of the stream."""
-        if self._path is not None:
+        if self._path:
             self._stream.close()
 
 
-class _DirectOutput(_Output):
-    """An existing file whose content is replaced; left empty when that fails."""
+class _KeptFile(_Output):
+    """A file beside the final one. It is kept for a later run unless it is empty."""
 
-    def commit(self, size: int) -> None:
-        """Cut off what the file had beyond."""
-        self.truncate(size)
-        self.sync()
-        self._stream.close()
-
-    def close(self) -> None:
-        """Close the file; never leave wrong bytes under the final name."""
-        if not self._stream.closed and self._stream.tell():
-            self._stream.truncate(0)
-        self._stream.close()
-
-
-class _PathOutput(_Output):
-    """A path: written as `path`.part, with a journal beside it, and moved in place."""
-
-    def __init__(self, path: str, existing: Optional[os.stat_result]) -> None:
-        self._target = path
-        self._existing = existing
-        self.part = _part_path(path)
-        self.journal = _Journal(self.part + ".json", existing)
-        super().__init__(_open_part(self.part, existing), self.part)
-        self.name = os.path.basename(path)
-        self._start = self._settled = 0
+    def __init__(self, path: str, like: Optional[os.stat_result]) -> None:
+        super().__init__(_open_beside(path, like), path)
 
     def size(self) -> int:
-        """Bytes in the part file."""
         return os.fstat(self._stream.fileno()).st_size
 
-    def settle(self) -> None:
-        """Have the system write what is new to the disk meanwhile: less is lost in a
-        power cut, and the fsync at the end takes no time."""
-        start, size = self._settled, self.size()
-        if hasattr(os, "posix_fadvise") and size - start >= _SETTLED_BYTES:
-            self._settled = size
-            with contextlib.suppress(OSError):
-                advice = os.POSIX_FADV_DONTNEED
-                os.posix_fadvise(self._stream.fileno(), start, size - start, advice)
+    def is_in_place(self) -> bool:
+        """Whether it is still the file under its name."""
+        found = os.fstat(self._stream.fileno())
+        exists = os.path.lexists(self._path)
+        return exists and os.path.samestat(os.lstat(self._path), found)
 
-    def kept(self, start: int, stop: int) -> Iterator[bytes]:
-        """What the part file has from `start` up to `stop`, or as far as it goes."""
-        self._stream.seek(start)
-        for position in range(start, min(stop, self.size()), _CHUNK):
-            yield self._stream.read(min(_CHUNK, stop - position))
-
-    def commit(self, size: int) -> None:
-        """Move the file in place, if it is still the one that was written."""
-        self.sync()
-        if self.size() != size or not _is_at(self.part, self._stream):
-            text = "another process has changed or removed it"
-            raise OSError(errno.ESTALE, text, self.part)
-        if os.name == "nt":
-            # An open file cannot be moved there.
-            self._stream.close()
-        self._put_in_place(size)
-        _sync_folder(os.path.dirname(self._target))
-        self.journal.remove()
-        self._stream.close()
-
-    def _put_in_place(self, size: int) -> None:
-        """Move the file; where there are other hard links, or the existing file cannot
-        be replaced (a mount point, another owner's sticky folder), copy its content."""
-        if self._existing is None or self._existing.st_nlink == 1:
-            try:
-                os.replace(self.part, self._target)
-                return
-            except OSError:
-                if self._existing is None:
-                    raise
-        target = _DirectOutput(_open(self._target, "r+b", buffering=0), self._target)
-        with contextlib.closing(target), _open(self.part, "rb") as source:
-            shutil.copyfileobj(source, target, _CHUNK)
-            target.commit(size)
-        os.remove(self.part)
+    def require_in_place(self, size: Optional[int] = None) -> None:
+        """BlockingIOError unless it is still the file under its name, and of a size."""
+        if not self.is_in_place() or size not in (None, self.size()):
+            text = "another process has changed, moved or removed it"
+            raise BlockingIOError(errno.EAGAIN, text, self._path)
 
     def close(self) -> None:
-        """Let go of the files, and remove them when there is no data."""
         if self._stream.closed:
             return
-        is_void = self.size() == 0 and _is_at(self.part, self._stream)
-        if os.name == "nt":
-            self._stream.close()
-        elif fcntl is not None:
+        is_void = self.size() == 0 and self.is_in_place()
+        with contextlib.suppress(AttributeError, OSError):
             # A forked process would keep the lock.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._stream.fileno(), fcntl.LOCK_UN)
+            fcntl.flock(self._stream.fileno(), fcntl.LOCK_UN)
+        # Windows removes no open file.
+        self._stream.close()
         if is_void:
             with contextlib.suppress(OSError):
-                os.remove(self.part)
-            self.journal.remove()
-        self._stream.close()
-        self.journal.close()
+                os.remove(self._path)
 
 
-def _part_path(path: str) -> str:
-    """Where a path's data is until it is complete."""
-    folder, name = os.path.split(path)
-    # Most file systems take names of 255 bytes.
-    if len(os.fsencode(name)) > 255 - len(".part.json"):
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return os.path.join(folder, name + ".part")
-
-
-def _open_part(path: str, like: Optional[os.stat_result]) -> Any:
-    """The part file, locked for this process where there are locks."""
-    while True:
-        stream = _open_private(path, like)
-        try:
-            if fcntl is not None:
-                fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.close()
-            text = "locked: another process is writing to it"
-            raise BlockingIOError(error.errno, text, path) from None
-        except OSError:
-            pass  # A file system without locks.
-        if _is_at(path, stream):
-            return stream
-        # The process that had the lock has moved the file in place.
-        stream.close()
-
-
-def _is_at(path: str, stream: Any) -> bool:
-    """Whether an open file is still the one at a path."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.lstat(path), os.fstat(stream.fileno()))
-    return False
-
-
-def _exists(path: str, like: Optional[os.stat_result]) -> bool:
-    """Whether there is a file; an error if it is a link, or neither this user's nor its
-    whose file it is going to replace: somebody else may have put it there."""
+def _open_beside(path: str, like: Optional[os.stat_result]) -> Any:
+    """Open or create a file for reading and appending. Where it is going to replace
+    one, it gets the owner and mode of that, as far as possible, before any data."""
+    flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return False
-    user = os.geteuid() if hasattr(os, "geteuid") else found.st_uid
-    is_own = found.st_uid in (user, like.st_uid if like else user)
-    if not stat.S_ISREG(found.st_mode) or not is_own:
-        text = "not using it: it is not a regular file of this user"
-        raise PermissionError(errno.EPERM, text, path)
-    return True
-
-
-def _open_private(path: str, like: Optional[os.stat_result]) -> Any:
-    """Open a file for reading and appending that is no more open than the file it is
-    going to replace."""
-    flags = os.O_RDWR | os.O_APPEND
-    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
-        flags |= getattr(os, name, 0)
-    if not _exists(path, like):
-        flags |= os.O_CREAT | os.O_EXCL
-    number = os.open(path, flags, 0o600 if like else 0o666)
-    if like:
-        _imitate(number, like)
+        number = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600 if like else 0o666)
+    except FileExistsError:
+        _require_own(path, like)
+        number = os.open(path, flags)
+    if like and hasattr(os, "fchown"):
+        with contextlib.suppress(OSError):
+            os.fchown(number, like.st_uid, like.st_gid)
+        # What the group was allowed is not meant for another group.
+        is_same_group = os.fstat(number).st_gid == like.st_gid
+        with contextlib.suppress(OSError):
+            os.fchmod(number, like.st_mode & (0o777 if is_same_group else 0o707))
     return _open(number, "r+b", buffering=0)
 
 
-def _imitate(number: int, like: os.stat_result) -> None:
-    """Give an open file another one's owner and mode, where possible."""
-    mode = stat.S_IMODE(like.st_mode) & 0o777
-    for owner, group in ((-1, like.st_gid), (like.st_uid, -1)):
-        with contextlib.suppress(OSError, AttributeError):
-            os.fchown(number, owner, group)
-    if os.fstat(number).st_gid != like.st_gid:
-        # The mode was meant for another group.
-        mode &= ~0o070
-    with contextlib.suppress(OSError, AttributeError):
-        os.fchmod(number, mode)
+def _require_own(path: str, like: Optional[os.stat_result]) -> None:
+    """PermissionError for a file of an owner that is neither this user nor the folder's
+    owner: some shares show one owner for all files."""
+    found, folder = os.lstat(path), os.stat(os.path.dirname(path))
+    # Where there is no geteuid, all owners are 0.
+    owners = [getattr(os, "geteuid", int)(), folder.st_uid, (like or folder).st_uid]
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners:
+        text = "not used, since it is not a regular file of this user; remove it"
+        raise PermissionError(errno.EPERM, text, path)
 
 
-def _sync_folder(path: str) -> None:
-    with contextlib.suppress(OSError):
-        number = os.open(path, os.O_RDONLY)
+class _PathOutput(_KeptFile):
+    """A path: written as `path`.part beside its journal, and renamed when complete."""
+
+    def __init__(self, path: str, like: Optional[os.stat_result]) -> None:
+        self._target = path
+        folder, name = os.path.split(path)
+        if len(os.fsencode(name)) > _LONGEST_NAME - len(".part.json"):
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
+        self.part = os.path.join(folder, name + ".part")
+        # Opened first, since it holds the lock.
+        self.journal = _Journal(self.part, like)
         try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+            super().__init__(self.part, like)
+        except BaseException:
+            self.journal.close()
+            raise
+        self.name = os.path.basename(path)
+        self._start = 0
 
+    def kept(self, start: int, stop: int) -> Iterator[bytes]:
+        with _naming(self.part):
+            self._stream.seek(start)
+            while start < min(stop, self.size()):
+                data = self._stream.read(min(_CHUNK, stop - start))
+                yield data
+                start += len(data)
 
-# Of the journal's form; one of another version is not used.
-_JOURNAL_VERSION = 2
+    def truncate(self, position: int) -> None:
+        # Where locks do not reach, another run may have renamed it meanwhile.
+        self.require_in_place()
+        self.journal.require_untouched()
+        super().truncate(position)
+
+    def commit(self, size: int) -> None:
+        """Give the complete part file, `size` bytes, its final name."""
+        super().commit(size)
+        self.require_in_place(size)
+        self.journal.require_untouched()
+        with _naming(self.part):
+            # Some file systems rename no open file, or report a full quota only here.
+            self._stream.close()
+        try:
+            os.replace(self.part, self._target)
+        except OSError as error:
+            text = "%s; the data is complete and verified in %s: move it by hand"
+            text %= error.strerror, self.part
+            raise OSError(error.errno, text, self._target) from None
+        with contextlib.suppress(OSError):
+            folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        self.journal.discard()
+
+    def close(self) -> None:
+        if not self._stream.closed and self.size() == 0:
+            self.journal.discard()
+        super().close()
+        self.journal.close()
 
 
 class _Checkpoint(NamedTuple):
-    """A place that a later run can go on from: the next byte due is at `offset` in
-    `block`; the part file's first `position` bytes have the CRC-32 `crc`. A `block` of
-    -1 says that the bytes from `position` on have turned out to be wrong."""
+    """A place to resume: at `offset` in `block`, at `position` in the part file."""
 
     block: int
     offset: int
+    # Of the block.
+    size: Optional[int]
     position: int
+    # CRC-32 of all bytes before the block, and before `position`.
+    crc_before: int
     crc: int
-    # Whether every size so far was announced before the data was read.
+    # Whether the sizes of all blocks so far were announced.
     announced: bool
-    # By the first block of each resource: its ETag, Last-Modified and size.
-    validators: Dict[str, List[Any]]
+    # What is known of the objects behind the blocks, by block number.
+    objects: Dict[str, List[Any]]
 
 
-class _Journal:
-    """The file that says what of a part file can be proven: JSON lines, only ever
-    appended to. First what tells the transfer from others, then checkpoints, each with
-    the validators of the resources since the one before."""
+class _Journal(_KeptFile):
+    """What of a part file can be proven: JSON lines, only ever appended. The first one
+    identifies the transfer, checkpoints follow. It holds the lock of both files."""
 
-    def __init__(self, path: str, like: Optional[os.stat_result]) -> None:
-        self._path = path
-        self._like = like
-        self._file: Optional[_Output] = None
-        # Position and time (time.monotonic) of the last checkpoint, and its block.
+    def __init__(self, part: str, like: Optional[os.stat_result]) -> None:
+        super().__init__(part + ".json", like)
+        self._part = part
+        # Bytes that it has if no other process writes to it.
+        self._size = self.size()
+        # Position and time (time.monotonic) of the last checkpoint.
         self._last = 0, time.monotonic()
-        self.block = 0
-        _exists(path, like)
+        try:
+            fcntl.flock(self._stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._stream.close()
+            text = "locked: another process is writing to it"
+            raise BlockingIOError(error.errno, text, part) from None
+        except (AttributeError, OSError):
+            pass  # Windows, or a file system without locks.
+        self.require_untouched()
 
-    def is_due(self, position: int) -> bool:
-        """Whether it is time for the next checkpoint."""
-        new = position - self._last[0]
-        if new < position >> _CHECKPOINT_SHIFT:
-            return False
-        passed = time.monotonic() - self._last[1]
-        # Before another chunk makes it too much.
-        return new > _CHECKPOINT_BYTES - _CHUNK or passed >= _CHECKPOINT_SECONDS
+    def require_untouched(self) -> None:
+        """BlockingIOError if another process has written to it or removed it."""
+        self.require_in_place(self._size)
 
-    def load(self, identity: Dict[str, str]) -> List[_Checkpoint]:
-        """The checkpoints of an earlier run, in order; OSError or ValueError says why
-        there are none that can be used."""
-        with _open(self._path, "rb") as file:
-            lines = file.read(_TICKET_LIMIT).split(b"\n")
-        if _parsed(lines[0]) != dict(identity, journal=_JOURNAL_VERSION):
-            raise ValueError("its journal is damaged, or of another request or version")
+    def load(self, identity: Dict[str, Any]) -> List[_Checkpoint]:
+        """The checkpoints of an earlier run, in order; ValueError says why there are
+        none. After FileExistsError and ClientError the part file stays as it is."""
+        self._stream.seek(0)
+        # A line begins with a line feed, so that one after a torn one is whole.
+        lines = self._stream.readall().split(b"\n")[1:]
+        entries = list(map(_parsed, lines))
+        if not entries:
+            raise ValueError("it has no journal")
+        self._require_same(entries[0], identity)
         points: List[_Checkpoint] = []
-        length, validators = len(lines[0]) + 1, {}
-        # The last line is empty, or torn by a crash; what follows a torn one is void.
-        for line in lines[1:-1]:
-            entry = _parsed(line)
-            if not _is_checkpoint(entry):
-                break
-            point = _Checkpoint(**entry)
-            # A restart went back: what was beyond is void.
-            while points and points[-1].position >= point.position:
-                points.pop()
-            validators.update(point.validators)
-            if point.block >= 0:
-                points.append(point._replace(validators=dict(validators)))
-            length += len(line) + 1
-        os.truncate(self._path, length)
+        for entry in entries[1:]:
+            # Whatever is no checkpoint does not count.
+            with contextlib.suppress(TypeError):
+                point = _Checkpoint(**entry)
+                while points and points[-1].position >= point.position:
+                    points.pop()
+                if point.block >= 0 and 0 <= point.offset <= point.position:
+                    points.append(point)
+        if not points:
+            raise ValueError("damaged" if entries[1:] else "no checkpoint yet")
         return points
 
-    def begin(self, identity: Dict[str, str]) -> None:
-        """Begin a new one."""
-        self.remove()
+    def _require_same(self, first: Dict[str, Any], identity: Dict[str, Any]) -> None:
+        if first.get("journal") != _JOURNAL_VERSION:
+            raise ValueError("its journal is damaged, or of another version")
+        if first.get("request") != identity["request"]:
+            text = "it is kept for another request; --no-resume (resume=False) drops it"
+            raise FileExistsError(errno.EEXIST, text, self._part)
+        _require_unreduced(bool(first.get("is_reduced")), identity["is_reduced"])
+        if first.get("ticket") != identity["ticket"]:
+            raise ValueError("the ticket has changed")
+
+    def begin(self, identity: Dict[str, Any]) -> None:
+        self.discard()
         self._append(dict(identity, journal=_JOURNAL_VERSION))
 
+    def is_due(self, position: int) -> bool:
+        new, passed = position - self._last[0], time.monotonic() - self._last[1]
+        is_much = new >= _CHECKPOINT_BYTES or passed >= _CHECKPOINT_SECONDS
+        return is_much and new > position >> _CHECKPOINT_SHIFT
+
     def add(self, point: _Checkpoint) -> None:
-        """Add a checkpoint."""
-        self._last, self.block = (point.position, time.monotonic()), point.block
+        """Add a checkpoint. It voids earlier ones at or beyond its position."""
+        self._last = point.position, time.monotonic()
         self._append(point._asdict())
 
-    def void(self, position: int) -> None:
-        """The bytes from `position` on have turned out to be wrong."""
-        self._append(_Checkpoint(-1, 0, position, 0, False, {})._asdict())
-
     def _append(self, entry: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._file = _Output(_open_private(self._path, self._like), self._path)
-        self._file.write((json.dumps(entry) + "\n").encode("ascii"))
+        self.write(_line(entry))
+        self._size += self.taken
 
-    def remove(self) -> None:
-        """Remove it: nothing can be proven any more."""
-        self.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._path)
+    def discard(self) -> None:
+        os.ftruncate(self._stream.fileno(), 0)
+        self._size, self._last = 0, (0, time.monotonic())
 
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the journal with its checksum, after a line feed."""
+    check = zlib.crc32(json.dumps(entry, sort_keys=True).encode("ascii"))
+    line = json.dumps(dict(entry, check=check), sort_keys=True)
+    return b"\n" + line.encode("ascii")
 
 
 def _parsed(line: bytes) -> Dict[str, Any]:
-    """A line of the journal; {} if it is damaged."""
-    with contextlib.suppress(ValueError, RecursionError):
-        entry = json.loads(line.decode("ascii"))
-        if isinstance(entry, dict):
-            return entry
+    with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
+        entry = dict(json.loads(line.decode("ascii")))
+        del entry["check"]
+        return entry if _line(entry) == b"\n" + line else {}
     return {}
 
 
-def _is_checkpoint(entry: Dict[str, Any]) -> bool:
-    """Whether a line of the journal has what a checkpoint has, of the right types."""
-    kinds = [type(entry.get(name)) for name in _Checkpoint._fields]
-    if kinds != [int, int, int, int, bool, dict] or len(entry) != len(kinds):
-        return False
-    for known in entry["validators"].values():
-        kinds = [type(value) for value in known] if isinstance(known, list) else []
-        if kinds not in ([str, str, int], [str, str, type(None)]):
-            return False
-    return all(map(str.isdigit, entry["validators"]))
-
-
 def _open_output(output: Any) -> _Output:
-    """The output behind a file object or a path."""
+    """Open and lock the output behind a file object or a path."""
     if not isinstance(output, (str, os.PathLike)):
-        is_text = isinstance(getattr(output, "file", output), TextIOBase)
-        if is_text or not callable(getattr(output, "write", None)):
-            raise RequestError("output is neither a binary file object nor a path")
-        if hasattr(output, "writable") and not output.writable():
-            raise RequestError("output is not open for writing")
+        _require_binary(output)
         return _Output(output)
     path = os.fsdecode(output)
     if not path:
         raise RequestError("output is empty")
-    own = re.match(
-        r"/(?:dev|proc/self)/(?:fd/)?(\d+|stdout|stderr)\Z", os.path.abspath(path)
-    )
+    own = _OWN_STREAM.match(os.path.abspath(path))
     if own:
         number = {"stdout": 1, "stderr": 2}.get(own.group(1)) or int(own.group(1))
-        with _naming(path):
-            return _Output(_open(os.dup(number), "wb", buffering=0), path)
-    existing: Optional[os.stat_result] = None
-    with contextlib.suppress(FileNotFoundError):
-        existing = os.stat(path)
-    if existing is None and path.endswith(("/", os.sep)):
-        raise IsADirectoryError(errno.EISDIR, "there is no such folder", path)
+        return _Output(_open(os.dup(number), "wb", buffering=0), path)
+    existing = os.stat(path) if os.path.exists(path) else None
     if existing and not stat.S_ISREG(existing.st_mode):
         return _Output(_open(path, "wb", buffering=0), path)
-    if existing and not os.access(path, os.W_OK):
+    _require_replaceable(path, existing is not None)
+    return _PathOutput(os.path.realpath(path), existing)
+
+
+def _require_binary(output: Any) -> None:
+    is_text = isinstance(getattr(output, "file", output), TextIOBase)
+    if is_text or not callable(getattr(output, "write", None)):
+        raise RequestError("output is neither a binary file object nor a path")
+    if hasattr(output, "writable") and not output.writable():
+        raise RequestError("output is not open for writing")
+
+
+def _require_replaceable(path: str, exists: bool) -> None:
+    """OSError if no file can be created beside a path, and replace it."""
+    folder = os.path.dirname(os.path.realpath(path) if os.path.basename(path) else path)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", folder)
+    if exists and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "the file is read-only", path)
-    path = os.path.realpath(path)
-    if existing and not os.access(os.path.dirname(path), os.W_OK):
-        # Nothing can be kept beside it.
-        return _DirectOutput(_open(path, "r+b", buffering=0), path)
-    return _PathOutput(path, existing)
+    if not os.access(folder, os.W_OK):
+        text = "no file can be created in this folder"
+        text += "; to write to the existing file, use -O - > OUT" * exists
+        raise PermissionError(errno.EACCES, text, folder)
 
 
-# ---- verifier
+# ---- the verifier
 #
-# Checks what can be checked of the data while it passes, in constant memory. Pure.
-
-# The empty BGZF block that ends BAM, BCF and compressed VCF files (SAM spec 4.1.2).
-_BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-
-# The containers that end CRAM files of version 2.1 and 3.x (CRAM spec 9).
-_CRAM_2_EOF = bytes.fromhex(
-    "0b000000ffffffff0fe0454f460000000001000001000606010001000100"
-)
-_CRAM_3_EOF = bytes.fromhex(
-    "0f000000ffffffff0fe0454f4600000000010005bdd94f0001000606010001000100ee63014b"
-)
-
-# A BGZF block's header: magic, 6 bytes, XLEN and subfield BC of length 2, BSIZE.
-_BGZF_HEADER = struct.Struct("<4s6x6sH")
-_BGZF_MAGIC = b"\x1f\x8b\x08\x04"
-_BGZF_USUAL = b"\6\0BC\2\0"
-
-# An error in the chain of BGZF blocks shows within two blocks, of 64 KiB at most.
-_BGZF_REACH = 1 << 17
-
-# Bytes that show what a file is, also of the compressed beginning of one.
-_HEAD = 1 << 10
-
-
-class _Kind(NamedTuple):
-    """A kind of file: the pattern it begins with, the formats that may begin so, and
-    the name and bytes of the end marker."""
-
-    name: str
-    pattern: bytes
-    formats: str
-    end: str = ""
-    marker: bytes = b""
-
-
-# The first that matches; the last one matches everything.
-_FILE_KINDS = (
-    _Kind("BGZF", b"\x1f\x8b\b\4.{8}BC", "BAM BCF VCF", "BGZF EOF marker", _BGZF_EOF),
-    _Kind("gzip", b"\x1f\x8b", "VCF", "end of the gzip stream"),
-    _Kind("CRAM", b"CRAM\2\1", "CRAM", "CRAM EOF container", _CRAM_2_EOF),
-    _Kind("CRAM", b"CRAM\3", "CRAM", "CRAM EOF container", _CRAM_3_EOF),
-    _Kind("CRAM", b"CRAM", "CRAM"),
-    _Kind("BAM", b"BAM\1", "BAM"),
-    _Kind("BCF", b"BCF\2", "BCF"),
-    _Kind("VCF", b"##", "VCF", "final line feed", b"\n"),
-    _Kind("", b"", ""),
-)
-
-
-def _kind_of(head: bytes) -> _Kind:
-    return next(kind for kind in _FILE_KINDS if re.match(kind.pattern, head, re.S))
-
-
-def _kind(head: bytes) -> Optional[str]:
-    """What the first bytes of a file show it to be."""
-    return _kind_of(head).name or None
+# Checks what can be checked of the data while it passes, in order and in constant
+# memory: format, MD5, the chain of BGZF blocks, the end marker, and that it is one file
+# (promise 1). It decompresses only the beginnings of files.
 
 
 class _Check:
-    """Checks the data of one kind: here its end marker only, if it has one."""
+    """Checks nothing: for data of a kind that is not known."""
 
-    def __init__(self, kind: _Kind) -> None:
-        self.kind = kind
+    # The kind of data, and the name of the end marker.
+    name = end = ""
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Check the next bytes."""
 
-    def is_ended(self, tail: bytes) -> bool:
-        """Whether the data, of which these are the last bytes, has its end marker."""
-        found = bytearray(tail[len(tail) - len(self.kind.marker) :])
-        if len(found) > 8:
-            # In CRAM, the high bits of the fifth byte of -1 in ITF8 have no meaning.
-            found[8] &= 0x0F
-        return found == self.kind.marker
-
-    def copy(self) -> "_Check":
-        """The state as it is now."""
-        return _copied(self)
-
-
-def _copied(one: _T, **changes: Any) -> _T:
-    """A shallow copy with changes. copy.copy is slow, and each block takes one."""
-    other = one.__class__.__new__(one.__class__)
-    other.__dict__.update(one.__dict__, **changes)
-    return other
+    def is_ended(self) -> bool:
+        return True
 
 
 class _Bgzf(_Check):
-    """Walks the chain of BGZF blocks by their sizes, without decompressing."""
+    """Walks the chain of BGZF blocks by their sizes."""
 
-    # Where the data so far ends, where the next block should begin; the beginning of
-    # that one's header.
-    _end = _next = 0
-    _carried = b""
+    name, end = "BGZF", "BGZF EOF marker"
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
-        start = self._end - len(self._carried)
-        self._end += len(data)
-        data = self._carried + data
-        at, last = self._next - start, len(data) - _BGZF_HEADER.size
-        while at <= last:
-            magic, fields, size = _BGZF_HEADER.unpack_from(data, at)
-            if magic != _BGZF_MAGIC or fields != _BGZF_USUAL:
-                size = self._odd_size(data[at:], start + at)
-                if size is None:
-                    break
-            at += size + 1
-        self._carried = data[at:]
-        self._next = start + at
-
-    @staticmethod
-    def _odd_size(header: bytes, position: int) -> Optional[int]:
-        """BSIZE of a header with further subfields; None while it is incomplete."""
-        if header.startswith(_BGZF_MAGIC):
-            at, end = 12, 12 + int.from_bytes(header[10:12], "little")
-            if end > len(header):
-                return None
-            while at + 6 <= end:
-                name, length, size = struct.unpack_from("<2sHH", header, at)
-                if name == b"BC" and length == 2:
-                    return int(size)
-                at += 4 + length
-        text = "the next BGZF block was expected, found %r" % header[:4]
-        raise _broken(position, text)
-
-    def is_ended(self, tail: bytes) -> bool:
-        """Whether the data has its end marker; an error if it ends within a block."""
-        if self._end != self._next:
-            raise _broken(self._end, "the data ends inside a BGZF block")
-        is_ended = super().is_ended(tail)
-        if not is_ended and tail[-28:].startswith(_BGZF_EOF[:18]):
-            raise _broken(self._end - 28, "the BGZF EOF marker is damaged")
-        return is_ended
-
-
-def _broken(position: int, text: str) -> IntegrityError:
-    error = IntegrityError("byte %d: %s", position, text)
-    return error._marked(_sound=max(0, position - _BGZF_REACH))
-
-
-class _Gzip(_Check):
-    """Inflates gzip that is not BGZF, member by member, and keeps nothing."""
-
-    _member: Any = None
+    def __init__(self) -> None:
+        # The beginning of a block, kept until there is enough of it, and its position.
+        self._rest = b""
+        self._position = 0
+        # How many bytes of the last block are still to come.
+        self._skip = 0
+        # Whether the last block is an EOF marker.
+        self._is_after_end = False
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
-        try:
-            while data:
-                if self._member is None or self._member.eof:
-                    self._member = zlib.decompressobj(31)
-                self._member.decompress(data, _CHUNK)
-                data = self._member.unconsumed_tail or self._member.unused_data
-        except zlib.error as error:
-            raise IntegrityError("the gzip data is damaged: %s", error) from None
+        data, at = self._rest + data, self._skip
+        while len(data) - at >= _BGZF_HEADER.size:
+            beginning = data[at : at + _BEGINNING]
+            magic, subfield, last = _BGZF_HEADER.unpack_from(beginning)
+            if magic != _BGZF_MAGIC or subfield != _BGZF_USUAL:
+                last = _odd_size(beginning, self._position + at)
+            if len(beginning) < min(last + 1, _BEGINNING):
+                break
+            if self._is_after_end and _content(beginning).startswith(_BGZF_BEGINNINGS):
+                raise _several_files(self._position + at)
+            self._is_after_end = beginning.startswith(_BGZF_EOF)
+            at += last + 1
+        self._rest, self._skip = data[at:], max(0, at - len(data))
+        self._position += len(data) - len(self._rest)
 
-    def is_ended(self, tail: bytes) -> bool:
-        """Whether the last member is complete."""
-        return bool(self._member.eof)
+    def is_ended(self) -> bool:
+        if self._rest or self._skip:
+            text = "byte %d: the data ends inside a BGZF block"
+            raise IntegrityError(text, self._position + len(self._rest))
+        return self._is_after_end
 
-    def copy(self) -> "_Gzip":
-        """The state as it is now."""
-        return _copied(self, _member=self._member.copy())
+
+def _odd_size(header: bytes, position: int) -> int:
+    """BSIZE of a header with further subfields, or where these end."""
+    if header.startswith(_BGZF_MAGIC):
+        at, stop = 12, 12 + int.from_bytes(header[10:12], "little")
+        if stop > len(header):
+            return stop
+        while at + 6 <= stop:
+            name, length, size = struct.unpack_from("<2sHH", header, at)
+            if name == b"BC" and length == 2:
+                return int(size)
+            at += 4 + length
+    text = "byte %d: the next BGZF block was expected, found %r"
+    raise IntegrityError(text, position, header[:4])
+
+
+class _Scan(_Check):
+    """Searches for a new file after an end marker, and for that marker at the end."""
+
+    def __init__(self, name: str, end: str, marker: bytes, magic: bytes) -> None:
+        self.name, self.end = name, end
+        self._marker = marker
+        self._seam = marker + magic
+        # The last bytes, and where they begin.
+        self._tail = b""
+        self._position = 0
+
+    def feed(self, data: bytes) -> None:
+        data = self._tail + data
+        at = data.find(self._seam)
+        if at >= 0:
+            raise _several_files(self._position + at + len(self._marker))
+        self._tail = data[-len(self._seam) :]
+        self._position += len(data) - len(self._tail)
+
+    def is_ended(self) -> bool:
+        return self._tail.endswith(self._marker)
+
+
+def _several_files(position: int) -> IntegrityError:
+    text = "byte %d: another file begins here: the server sent several complete files "
+    text += "one after the other; request one region at a time"
+    return IntegrityError(text, position)
+
+
+def _content(data: bytes) -> bytes:
+    """The first bytes, decompressed if they are gzip."""
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj(31).decompress(data, 16)
+    return data
+
+
+def _check_for(data_format: str, beginning: bytes) -> _Check:
+    """The check for data that begins so; IntegrityError if it cannot be of a format."""
+    is_bgzf = data_format != "CRAM" and beginning.startswith(_BGZF_MAGIC)
+    magic, content = _MAGIC.get(data_format, b""), _content(beginning)
+    # The first BGZF block may be shorter than the magic.
+    is_short = is_bgzf and magic.startswith(content)
+    if not is_short and not content.startswith(magic):
+        text = "byte 0: %s data was expected, found %r"
+        raise IntegrityError(text, data_format, content[:8])
+    if is_bgzf:
+        return _Bgzf()
+    if beginning.startswith(b"CRAM\3"):
+        return _Scan("CRAM", "CRAM EOF container", _CRAM_EOF, b"CRAM")
+    if beginning.startswith(b"##"):
+        return _Scan("VCF", "final line feed", b"\n", b"##fileformat=")
+    return _Check()
 
 
 class _Verifier:
-    """Checks format, MD5, the chain of blocks and the end marker."""
+    """Checks the data of a transfer."""
 
     def __init__(self, ticket: Ticket, options: _Options) -> None:
+        requested = (options.data_format or "").upper()
+        found = (ticket.format or "").upper()
+        if requested and found not in ("", requested):
+            text = "%s was requested, but the ticket is for %s"
+            raise ProtocolError(text, requested, _printable(found, 40))
         classes = {block.data_class for block in ticket.blocks}
-        self._is_header = options.data_class == "header" or classes == {"header"}
-        self._is_empty = not ticket.blocks
-        self._format = self._expected = ""
-        # The first bytes, until they are enough to tell what they belong to.
-        self._head: Optional[bytes] = None
-        if options.verify:
-            self._format = (options.data_format or ticket.format or "").upper()
-            self._expected = (ticket.md5 or "").lower()
-            self._head = b""
-        self._md5 = _new_md5() if self._expected else None
-        self._check = _Check(_FILE_KINDS[-1])
-        self._size, self._tail = 0, b""
-
-    def copy(self) -> "_Verifier":
-        """The verifier as it is now, to be taken up again later."""
-        md5 = self._md5 and self._md5.copy()
-        return _copied(self, _check=self._check.copy(), _md5=md5)
+        self._needs_end = options.data_class != "header" and classes != {"header"}
+        query = options.url if isinstance(options.url, str) else ""
+        self._may_be_encrypted = bool(re.search("[?&]encryptionScheme=", query, re.I))
+        self._is_encrypted = False
+        self._format = requested or found
+        self._check = _Check()
+        # The first bytes, until they are enough to choose a check.
+        self._beginning: Optional[bytes] = b"" if options.verify else None
+        self._expected = (ticket.md5 or "").lower()
+        self._md5 = _new_md5() if self._expected and options.verify else None
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes; IntegrityError if they are wrong."""
         if self._md5 is not None:
             self._md5.update(data)
-        self._size += len(data)
-        self._tail = (self._tail + data[-len(_CRAM_3_EOF) :])[-len(_CRAM_3_EOF) :]
-        if self._head is None:
+        if self._beginning is None:
             self._check.feed(data)
         else:
-            self._head += data
-            if len(self._head) >= _HEAD:
-                self._begin(self._head)
+            self._beginning += data
+            if len(self._beginning) >= _BEGINNING:
+                self._begin(self._beginning)
 
-    def _begin(self, head: bytes) -> None:
-        """Compare the first bytes with the format; choose the further checks."""
-        kind, inner = _kind_of(head), None
-        if kind.name == "BGZF":
-            with contextlib.suppress(zlib.error):
-                inner = _kind(zlib.decompressobj(31).decompress(head, _HEAD))
-        is_right = self._format in kind.formats and inner in (None, self._format)
-        if self._format in ("BAM", "BCF", "CRAM", "VCF") and not is_right:
-            found = inner + " data" if inner else repr(head[:4])
-            text = "byte 0: %s data was expected, found %s"
-            raise IntegrityError(text, self._format, found)
-        checks = {"BGZF": _Bgzf, "gzip": _Gzip}
-        self._check = checks.get(kind.name, _Check)(kind)
-        self._check.feed(head)
-        self._head = None
-
-    def verdict(self) -> str:
-        """What was found to be well, for a message."""
-        found = [self._check.kind.name] * bool(self._check.kind.end)
-        found += ["MD5"] * bool(self._md5)
-        return "verified: " + ", ".join(found) if found else "nothing to verify"
+    def _begin(self, beginning: bytes) -> None:
+        self._beginning = None
+        self._is_encrypted = beginning.startswith(b"crypt4gh")
+        if not self._is_encrypted:
+            self._check = _check_for(self._format, beginning)
+            self._check.feed(beginning)
 
     def finish(self, is_announced: bool) -> None:
-        """All data has passed: IntegrityError if it is not what it should be.
-
-        An end marker may be missing where every size was announced before the data
-        came (`is_announced`): then the server just does not send one.
-        """
-        if self._head is not None:
-            if self._is_empty:
-                text = "the ticket has no data blocks"
-                if self._format:
-                    raise IntegrityError(text)
-                _log.warning(text)
-            self._begin(self._head)
-        kind = self._check.kind
-        if not self._check.is_ended(self._tail) and not self._is_header:
-            text = "byte %d: the %s is missing"
-            text %= self._size - len(kind.marker), kind.end
-            if not is_announced:
-                raise IntegrityError(
-                    text + ", so the data may be truncated; if the server never sends "
-                    "one, verify=False (--no-verify) accepts it"
-                )
-            _log.warning("%s; the server announced all sizes, and kept to them", text)
+        """Judge all data; its end marker may be missing if all sizes were announced."""
+        if self._beginning is not None:
+            self._begin(self._beginning)
+        if not self._check.is_ended() and self._needs_end:
+            self._miss_end(is_announced)
         if self._md5 is not None and self._md5.hexdigest() != self._expected:
             text = "the MD5 of the data is %s, but the ticket says %s"
             raise IntegrityError(text, self._md5.hexdigest(), self._expected)
+        if self._is_encrypted and not self._may_be_encrypted:
+            text = "the data is encrypted (Crypt4GH): its content was not checked"
+            _log.warning(text)
+
+    def _miss_end(self, is_announced: bool) -> None:
+        text = "the %s at the end is missing"
+        if not is_announced:
+            text += ", so the data may be truncated; if the server never sends one, "
+            text += "verify=False (--no-verify) accepts it"
+            raise IntegrityError(text, self._check.end)
+        text += "; the server announced all sizes, and kept to them"
+        _log.warning(text, self._check.end)
+
+    def verdict(self) -> str:
+        found = [self._check.name] * bool(self._check.name)
+        found += ["MD5"] * bool(self._md5)
+        return "verified: " + ", ".join(found) if found else "nothing to verify"
 
 
 # ---- delivery
 #
-# Takes the bytes in order to where they go, and decides where to begin again. All
-# counts of restarts live here, so that they are bounded as retries are.
+# Counts every byte on its way to the output, and refuses whatever is not exactly the
+# next one: no fault of the sections before can be silent. Owns the verifier and the
+# counts, writes checkpoints and resumes from them. A transfer whose object has changed
+# begins again here, once. Promise 1.
 
-
-class _Mark(NamedTuple):
-    """The beginning of a block in the output: its number, its position, and CRC-32 and
-    verifier of the bytes before it."""
-
-    block: int
-    position: int
-    crc: int
-    verifier: _Verifier
+# The block to begin with and, in the middle of one, the part that reads the rest of it.
+_Beginning = Tuple[int, Optional[_Part]]
 
 
 class _Delivery:
-    """The way of the bytes to the output (None: to a stream's reader), the verifier
-    and the journal."""
+    """Takes the chunks of a transfer in order, verifies, writes and records them."""
 
     def __init__(self, transfer: _Transfer, output: Optional[_Output]) -> None:
         self._transfer = transfer
+        self._blocks = transfer.blocks
         self._output = output
-        # From `begin` on: before that, an earlier run's is not to be touched.
-        self._journal: Optional[_Journal] = None
-        self._retry = transfer.new_retry()
-        # Bytes delivered; of these, those of an earlier run; at the last restart.
-        self.position = 0
-        self.resumed = 0
-        self._furthest = 0
-        # The byte due next, less than `position` while bytes that were delivered come
-        # again (a replay); the CRC-32 of the bytes before it; and what that must be at
-        # the end of the replay.
-        self._at = 0
-        self._crc = 0
-        self._expected: Optional[int] = None
-        self._verifier = _new_verifier(transfer)
-        self._mark = _Mark(0, 0, 0, self._verifier.copy())
+        self._path = output if isinstance(output, _PathOutput) else None
+        self._verifier = _Verifier(transfer.ticket, transfer.options)
+        # Bytes delivered; of these, the bytes that an earlier run has kept.
+        self.position = self.resumed = 0
+        # The byte that is due: a block and an offset in it.
+        self._due = 0, 0
+        # CRC-32 of all bytes before the block that is due, and of all bytes so far.
+        self._crcs = 0, 0
+        # Whether the sizes of all blocks before the one due were announced.
+        self._is_announced = True
+        # The position of the last checkpoint, and the block that was due there.
+        self._noted = 0, 0
+        self._total: Optional[int] = None
 
-    def begin(self) -> Tuple[int, int]:
-        """The place (block, offset in it) to begin at: where an earlier run is proven
-        to have got to, or the beginning."""
-        output = self._output
-        if not isinstance(output, _PathOutput):
-            return 0, 0
-        is_resumed = self._transfer.options.resume and self._resume(output)
-        if not is_resumed:
-            output.truncate(0)
-            output.journal.begin(self._identity())
-        self._journal = output.journal
-        place = self._next_place()
-        if is_resumed:
-            text, words = "resuming %s at byte %d", {"always": True}
-            _log.info(text, output.part, self.position, extra=words)
-        return place
-
-    def begin_again(self, restart: _Restart) -> Tuple[int, int]:
-        """The place to begin at when a reader cannot go on: at the byte due, if the
-        block can be asked for from there and is the same object; else at the block's
-        beginning, or at that of everything, going back in the output if it can be
-        sought, and comparing the bytes that were written already if not."""
-        new = self.position - self._furthest
-        self._furthest = max(self._furthest, self.position)
-        if restart.error._is_free or new >= _PROGRESS:
-            self._retry.progress(new)
-            _log.info("%s", restart.error)
-        else:
-            self._transfer.pause(self._retry, restart.error, "")
-        if restart.error._is_changed:
-            self._forget(self._transfer.tickets.blocks[restart.block])
-        return self._next_place()
-
-    def _next_place(self) -> Tuple[int, int]:
-        index, offset = self._mark.block, self._at - self._mark.position
-        if offset > 0:
-            block = self._transfer.tickets.blocks[index]
-            if block.way == _RANGES and not block.is_guessed:
-                return index, offset
-        self._go_back()
-        return index, 0
-
-    def _forget(self, block: _Block) -> None:
-        """An object has changed: void are the bytes that came from it."""
-        if block.resource.first == block.index:
-            for other in self._transfer.tickets.blocks[block.index :]:
-                # What was read ahead came from the same object.
-                if other.resource is block.resource:
-                    other.forget()
-            if block.index == self._mark.block:
-                self._go_back()
-            return
-        self._transfer.start_over()
-        self._mark = _Mark(0, 0, 0, _new_verifier(self._transfer))
-        self._go_back()
-        if self._journal:
-            self._journal.begin(self._identity())
-
-    def _go_back(self) -> None:
-        """Go back to the mark: in the output, or by a replay."""
-        mark, is_beyond = self._mark, self.position > self._mark.position
-        is_seekable = self._output is not None and self._output.is_seekable()
-        if is_beyond and not is_seekable and self._expected is None:
-            self._expected = self._crc
-        self._at, self._crc = mark.position, mark.crc
-        if is_beyond and self._output is not None and is_seekable:
-            self._output.truncate(mark.position)
-            self.position = mark.position
-            if self._journal:
-                self._note()
-        if self.position == mark.position:
-            self._verifier = mark.verifier.copy()
-
-    def take(self, index: int, offset: int, data: bytes) -> bytes:
-        """Take the next bytes; returns those that are new."""
-        if index != self._mark.block:
-            self._enter(index)
-        if self._mark.position + offset != self._at:
-            text = "data block %d came out of order; this is a bug in htsget.py"
-            raise HtsgetException(text, index + 1)
-        if self._expected is not None:
-            data = self._compare(data, self._expected)
-        if data:
-            self._verify(index, data)
+    def begin(self, is_resuming: bool) -> _Beginning:
+        if self._path is None:
+            return 0, None
+        transfer, output = self._transfer, self._path
+        identity = _identity(transfer.source, transfer.ticket)
+        if is_resuming and output.size():
             try:
-                if self._output is not None:
-                    self._output.write(data)
-            finally:
-                # Also when a disk is full.
-                self._count(
-                    data if self._output is None else data[: self._output.taken]
-                )
-            if self._journal and self._journal.is_due(self.position):
-                self._note()
+                points = output.journal.load(identity)
+                return self._resume(output, list(filter(self._is_usable, points)))
+            except (LookupError, TypeError, ValueError) as reason:
+                _log.warning("starting over: cannot resume %s: %s", output.part, reason)
+            self._verifier = _Verifier(transfer.ticket, transfer.options)
+        output.truncate(0)
+        output.journal.begin(identity)
+        return 0, None
+
+    def take(self, index: int, offset: int, data: bytes) -> None:
+        while self._due[0] < index:
+            self._end_block()
+        if (index, offset) != self._due:
+            raise _out_of_order(index)
+        self._verifier.feed(data)
+        try:
+            if self._output is not None:
+                self._output.write(data)
+        finally:
+            # A full disk takes less than everything.
+            taken = len(data) if self._output is None else self._output.taken
+            self._count(data[:taken])
+        if self._path is not None and self._path.journal.is_due(self.position):
+            self._note(self._path.journal)
         progress = self._transfer.options.progress
         if progress is not None:
-            if isinstance(progress, _Meter):
-                progress.note_block(index, len(self._transfer.tickets.blocks))
-            progress(self.position, self._transfer.tickets.total())
-        return data
-
-    def _count(self, data: bytes) -> None:
-        """Note what was delivered."""
-        if self._journal or self._output is None or not self._output.is_seekable():
-            self._crc = zlib.crc32(data, self._crc)
-        self._at = self.position = self.position + len(data)
-
-    def _enter(self, index: int) -> None:
-        """What comes next is the beginning of another block."""
-        self._mark = _Mark(index, self._at, self._crc, self._verifier.copy())
-
-    def _compare(self, data: bytes, expected: int) -> bytes:
-        """Drop the bytes that were delivered already, if they are the same."""
-        old = data[: self.position - self._at]
-        self._crc = zlib.crc32(old, self._crc)
-        self._at += len(old)
-        if self._at == self.position:
-            if self._crc != expected:
-                raise _differs()
-            self._expected = None
-        return data[len(old) :]
-
-    def _verify(self, index: int, data: bytes) -> None:
-        try:
-            self._verifier.feed(data)
-        except IntegrityError as error:
-            block = self._transfer.tickets.blocks[index]
-            if not block.is_guessed:
-                raise
-            # What was taken for the slice is not: it must be the whole file.
-            block.move_down(_WHOLE)
-            reason = RetryableError(str(error))._marked(_is_free=True)
-            raise _Restart(index, reason) from None
+            if self._total is None and all(b.size is not None for b in self._blocks):
+                rest = sum(block.size or 0 for block in self._blocks[index:])
+                self._total = self.position - self._due[1] + rest
+            progress(self.position, self._total)
 
     def finish(self) -> str:
-        """All bytes have come: IntegrityError if they are not what they should be,
-        else what was verified."""
-        if self._expected is not None:
-            raise _differs()
-        blocks = self._transfer.tickets.blocks
-        self._enter(len(blocks))
-        self._verifier.finish(all(block.announced is not None for block in blocks))
+        while self._due[0] < len(self._blocks):
+            self._end_block()
+        self._verifier.finish(self._is_announced)
         return self._verifier.verdict()
 
-    def note_at_last(self, error: Optional[BaseException]) -> None:
-        """Have the journal say what a later run can go on from."""
-        if self._journal is None:
-            return
-        try:
-            if not isinstance(error, IntegrityError):
-                self._note()
-            elif error._sound:
-                self._journal.void(error._sound)
+    def end(self, error: Optional[BaseException]) -> None:
+        """Let the journal say what a later run can resume from."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                if isinstance(error, (IntegrityError, _ObjectChanged)):
+                    self._path.journal.discard()
+                else:
+                    self._note(self._path.journal)
+
+    def _count(self, data: bytes) -> None:
+        index, offset = self._due
+        self._due = index, offset + len(data)
+        self.position += len(data)
+        if self._path is not None:
+            self._crcs = self._crcs[0], zlib.crc32(data, self._crcs[1])
+
+    def _end_block(self) -> None:
+        index, offset = self._due
+        block = self._blocks[index]
+        if block.size != offset:
+            raise _out_of_order(index)
+        self._is_announced = self._is_announced and block.is_announced
+        self._due, self._crcs = (index + 1, 0), (self._crcs[1], self._crcs[1])
+
+    # Checkpoints.
+
+    def _note(self, journal: _Journal) -> None:
+        """Add a checkpoint, if a later run could resume further than from the last."""
+        index, offset = self._due
+        if offset > 0 and self._blocks[index].size == offset:
+            self._end_block()
+        point = self._checkpoint()
+        if point.position > self._noted[0]:
+            journal.add(point)
+            self._noted = point.position, self._due[0]
+
+    def _checkpoint(self) -> _Checkpoint:
+        """Here, if the rest of the block can be requested; or the block's beginning."""
+        (index, offset), (before, crc) = self._due, self._crcs
+        size, position, is_announced = None, self.position, self._is_announced
+        if offset > 0:
+            block = self._blocks[index]
+            size = block.size
+            if block.data is not None or block.mode == _OWN or size is None:
+                position, offset, size, crc = position - offset, 0, None, before
             else:
-                self._journal.remove()
-        except OSError as failure:
-            _log.warning("cannot write the journal: %s", failure)
+                is_announced = is_announced and block.is_announced
+        recent = self._blocks[self._noted[1] : index + 1]
+        objects = {block.object for block in recent if block.data is None}
+        records = {str(one.number): one.record() for one in objects}
+        return _Checkpoint(
+            index, offset, size, position, before, crc, is_announced, records
+        )
 
-    def _note(self) -> None:
-        """Add a checkpoint; what is only guessed does not count."""
-        assert self._journal is not None and isinstance(self._output, _PathOutput)
-        self._output.settle()
-        blocks, mark = self._transfer.tickets.blocks, self._mark
-        crc, offset = self._crc, self._at - mark.position
-        if mark.block < len(blocks) and blocks[mark.block].is_guessed:
-            crc, offset = mark.crc, 0
-        position = mark.position + offset
-        announced = all(block.announced is not None for block in blocks[: mark.block])
-        recent = blocks[self._journal.block : mark.block + 1]
-        resources = [block.resource for block in recent if block.data is None]
-        known = {str(resource.first): resource.known for resource in resources}
-        point = _Checkpoint(mark.block, offset, position, crc, announced, known)
-        self._journal.add(point)
-
-    def _identity(self) -> Dict[str, str]:
-        tickets = self._transfer.tickets
-        return _identity(tickets.source, tickets.ticket)
-
-    def _resume(self, output: _PathOutput) -> bool:
-        """Take up what an earlier run has left, as far as it can be proven."""
-        if output.size() == 0:
+    def _is_usable(self, point: _Checkpoint) -> bool:
+        """Whether the ticket has such a place, and the same bytes from there on."""
+        rest = self._blocks[point.block :]
+        is_inline = [block.data is not None for block in rest]
+        if _is_crypt4gh(self._transfer.ticket) and any(is_inline):
             return False
-        try:
-            self._prove(output, output.journal.load(self._identity()))
-        except (ValueError, OSError) as error:
-            _log.warning("starting over: cannot resume %s: %s", output.part, error)
+        if point.offset == 0:
+            return point.block <= len(self._blocks)
+        if not rest or is_inline[0] or point.size is None:
             return False
-        return True
+        return point.offset < point.size <= (rest[0].range_size or point.size)
 
-    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> None:
-        """Read the kept bytes once, and go to the last checkpoint that they prove;
-        ValueError if there is none."""
-        blocks = self._transfer.tickets.blocks
-        verifier, crc, at = self._verifier.copy(), 0, 0
-        mark, best = self._mark, None
-        for point in points:
-            begin = point.position - point.offset
-            with contextlib.suppress(IntegrityError):
-                for stop in (begin, point.position):
-                    for data in output.kept(at, stop):
-                        verifier.feed(data)
-                        crc, at = zlib.crc32(data, crc), at + len(data)
-                    if at == begin and mark.block != point.block:
-                        mark = _Mark(point.block, at, crc, verifier.copy())
-            is_placed = mark[:2] == (point.block, begin) and point.block <= len(blocks)
-            if (at, crc) != (point.position, point.crc) or not is_placed:
+    def _resume(self, output: _PathOutput, points: List[_Checkpoint]) -> _Beginning:
+        """Resume from the last checkpoint that the kept bytes prove, or ValueError."""
+        while points:
+            count, crc = self._prove(output, points)
+            if count == len(points):
                 break
-            if at > 0:
-                best = point, mark, verifier.copy()
-        if best is None:
+            points = points[:count]
+        else:
             raise ValueError("it is damaged")
-        point, self._mark, self._verifier = best
+        point, objects = points[-1], dict(points[0].objects)
+        for earlier in points:
+            objects.update(earlier.objects)
+        output.journal.add(point._replace(objects=objects))
         output.truncate(point.position)
-        self.position = self.resumed = self._furthest = self._at = point.position
-        self._crc = point.crc
-        for first, validators in point.validators.items():
-            blocks[int(first)].resource.recall(validators)
+        for number, record in objects.items():
+            self._blocks[int(number)].object.recall(record)
+        self.position = self.resumed = point.position
+        self._due, self._crcs = (
+            (point.block, point.offset),
+            (point.crc_before, point.crc),
+        )
+        self._is_announced = point.announced
+        self._noted = point.position, point.block
+        text, words = "resuming %s at byte %d", {"always": True}
+        _log.info(text, output.part, point.position, extra=words)
+        if point.offset == 0:
+            return point.block, None
+        block = self._blocks[point.block]
+        block.learn_size(point.size)
         if point.announced:
-            for block in blocks[: point.block]:
-                block.announce(0)
+            block.announce(is_divisible=False)
+        part = _Part(self._transfer, block, 0, None, kept=(point.offset, crc))
+        return point.block + 1, part
+
+    def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> Tuple[int, int]:
+        """How many of the checkpoints the kept bytes prove, and the CRC-32 of what is
+        kept of the last one's block."""
+        self._verifier = _Verifier(self._transfer.ticket, self._transfer.options)
+        block, begin, at, before, crc, part = -1, 0, 0, 0, 0, 0
+        for count, point in enumerate(points):
+            start = point.position - point.offset
+            with contextlib.suppress(IntegrityError):
+                if point.block != block:
+                    at, crc, _ = self._reread(output, at, start, crc, 0)
+                    block, begin, before, part = point.block, at, crc, 0
+                at, crc, part = self._reread(output, at, point.position, crc, part)
+            found = begin, at, before, crc
+            if found != (start, point.position, point.crc_before, point.crc):
+                return count, 0
+        return len(points), part
+
+    def _reread(
+        self, output: _PathOutput, at: int, stop: int, crc: int, part: int
+    ) -> Tuple[int, int, int]:
+        for data in output.kept(at, stop):
+            self._verifier.feed(data)
+            crc, part = zlib.crc32(data, crc), zlib.crc32(data, part)
+        return min(stop, output.size()), crc, part
 
 
-def _differs() -> ProtocolError:
-    return ProtocolError("the data differs from what was already delivered")
+def _out_of_order(index: int) -> HtsgetException:
+    text = "data block %d came incomplete or out of order; this is a bug in htsget.py"
+    return HtsgetException(text, index + 1)
 
 
-def _new_verifier(transfer: _Transfer) -> _Verifier:
-    """The verifier for a transfer; ProtocolError if its ticket is of another format
-    than the one asked for."""
-    options, ticket = transfer.options, transfer.tickets.ticket
-    asked = (options.data_format or "").upper()
-    if asked and ticket.format and ticket.format != asked:
-        shown = _printable(ticket.format, 40)
-        raise ProtocolError("%s was requested, but the ticket is for %s", asked, shown)
-    return _Verifier(ticket, options)
+class _Download:
+    """A transfer from its ticket to the last verified byte. It begins again, once, if
+    the object behind a URL has changed and the output can be truncated."""
 
-
-def _deliver(transfer: _Transfer, delivery: _Delivery) -> Iterator[bytes]:
-    """The loop of a transfer: from a place on until everything is delivered, or a
-    reader cannot go on; then from where the delivery decides. Yields what is new."""
-    index, offset = delivery.begin()
-    while True:
-        window = _Window(transfer, index, offset)
+    def __init__(
+        self, source: _Source, options: _Options, output: Optional[_Output]
+    ) -> None:
+        self._options = options
+        self._output = output
+        self._begun = time.monotonic()
+        self._verdict = ""
+        self._window: Optional[_Window] = None
+        self._transfer = _Transfer(source, options)
         try:
-            with contextlib.closing(window.chunks()) as chunks:
-                for chunk in chunks:
-                    yield delivery.take(*chunk)
-            return
-        except _Restart as restart:
-            reason = restart
+            self._delivery = _Delivery(self._transfer, output)
+            _warn_of_gaps(self._transfer.ticket, options)
+        except BaseException:
+            self.close()
+            raise
+
+    def chunks(self) -> Iterator[bytes]:
+        for is_last in (False, True):
+            try:
+                yield from self._deliver(self._options.resume and not is_last)
+                return
+            except _ObjectChanged as changed:
+                reason = str(changed)
+            output, source = self._output, self._transfer.source
+            is_final = is_last or isinstance(source, Ticket)
+            if output is None or not output.is_seekable() or is_final:
+                raise RetryableError(reason)
+            _log.warning("%s; fetching everything again", reason)
+            self._transfer = _Transfer(source, self._options)
+            output.truncate(0)
+            self._delivery = _Delivery(self._transfer, output)
+
+    def _deliver(self, is_resuming: bool) -> Iterator[bytes]:
+        failure: Optional[BaseException] = None
+        transfer, delivery = self._transfer, self._delivery
+        window = _Window(transfer, *delivery.begin(is_resuming))
+        self._window = window
+        try:
+            for chunk in window.chunks():
+                delivery.take(*chunk)
+                yield chunk[2]
+            self._verdict = delivery.finish()
+        except BaseException as error:
+            failure = error
+            is_in_doubt = any(block.is_in_doubt for block in transfer.blocks)
+            if isinstance(error, IntegrityError) and is_in_doubt:
+                text = "%s; or the server ignores the Range header"
+                raise IntegrityError(text, error) from None
+            raise
         finally:
             window.close()
-        transfer.reopen()
-        index, offset = delivery.begin_again(reason)
+            delivery.end(failure)
+
+    @property
+    def position(self) -> int:
+        return self._delivery.position
+
+    def summary(self) -> str:
+        passed = max(time.monotonic() - self._begun, 1e-3)
+        rate = _size((self.position - self._delivery.resumed) / passed)
+        done = _size(self.position), passed, rate, self._verdict
+        return "%s in %.1f s (%s/s); %s" % done
+
+    def close(self) -> None:
+        self._transfer.transport.stop()
+        if self._window is not None:
+            self._window.close()
 
 
-# ---- progress meter
+# ---- progress meter and messages
 #
-# The line that shows how far a transfer is, and how messages are written.
+# The progress line and how messages are written to standard error. That they cannot be
+# written never matters. Owns nothing but the meter's past.
 
 
 def _size(count: float) -> str:
-    """A number of bytes for people."""
     if count < 1024:
         return "%d bytes" % count
     power = min((int(count).bit_length() - 1) // 10, 4)
     return "%.1f %siB" % (count / 1024**power, " KMGT"[power])
 
 
-def _duration(seconds: float) -> str:
-    """A time for people: h:mm:ss, or m:ss."""
-    minutes, second = divmod(int(seconds), 60)
-    whole = "%d:%02d" % divmod(minutes, 60) if minutes >= 60 else str(minutes)
-    return "%s:%02d" % (whole, second)
-
-
 class _Meter:
-    """A function for `progress` that shows it: one line that is overwritten on a
-    terminal, a new line now and then elsewhere."""
+    """A `progress` function: a line that is overwritten, or one now and then."""
 
     def __init__(self, stream: TextIO, name: str, is_terminal: bool) -> None:
         self.is_terminal = is_terminal
@@ -4051,45 +3568,38 @@ class _Meter:
         # (time, bytes) of the last seconds, the newest one last.
         self._past: Deque[Tuple[float, int]] = collections.deque()
         self._is_shown = False
-        self._blocks = 0, 0
-
-    def note_block(self, index: int, count: int) -> None:
-        """Note which block of how many is under way."""
-        self._blocks = index + 1, count
 
     def __call__(self, so_far: int, total: Optional[int]) -> None:
         now = time.monotonic()
         if self._past and now < self._past[-1][0] + self._interval:
             return
         self._past.append((now, so_far))
+        while len(self._past) > 2 and self._past[1][0] < now - _METER_SPAN:
+            self._past.popleft()
         if len(self._past) > 1:
-            while len(self._past) > 2 and self._past[1][0] < now - _METER_SPAN:
-                self._past.popleft()
             _write(self._stream, self._line(so_far, total), self.is_terminal)
-            self._is_shown = True
+            self._is_shown = self.is_terminal
 
     def _line(self, so_far: int, total: Optional[int]) -> str:
-        """Bytes, percent, rate of the last seconds, time left, blocks."""
         (then, before), (now, _) = self._past[0], self._past[-1]
-        rate = (so_far - before) / max(now - then, 1e-3)
+        rate = max(so_far - before, 0) / max(now - then, 1e-3)
         percent = left = ""
         if total:
             percent = " of %s, %d %%" % (_size(total), 100 * so_far // total)
             if rate > 0:
-                left = ", %s left" % _duration((total - so_far) / rate)
-        done, speed = self._name + ": " + _size(so_far) + percent, _size(rate)
-        return "%s, %s/s%s, block %d of %d" % ((done, speed, left) + self._blocks)
+                seconds = int((total - so_far) / rate)
+                left = ", %s left" % datetime.timedelta(seconds=seconds)
+        done = self._name, _size(so_far), percent, _size(rate), left
+        return "%s: %s%s, %s/s%s" % done
 
     def clear(self) -> None:
-        """Take the line off the terminal, for something else to be written."""
-        if self._is_shown and self.is_terminal:
+        if self._is_shown:
             _write(self._stream, "", is_overwritten=True)
-            self._is_shown = False
+        self._is_shown = False
 
 
 def _write(stream: Optional[TextIO], text: str, is_overwritten: bool = False) -> None:
-    """Write a message as one line, with control characters escaped. Whatever comes
-    next may overwrite it. That it cannot be written never matters."""
+    """Write a message as one line; the next one may overwrite it."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if is_overwritten:
         width = shutil.get_terminal_size().columns - 1
@@ -4133,9 +3643,9 @@ def get(
 
     What is requested (spec: "Request parameters" and "POST request"):
 
-    url: str, the address of the data, such as "https://example.org/reads/NA12878"; a
-        query in it is kept, except for parameters that are given here, too. Or a
-        `Ticket`, which takes none of the options of this paragraph.
+    url: str, the address of the data, such as "https://example.org/reads/NA12878". Its
+        own query is kept, except for parameters that are given here, too; a "#" is part
+        of the id. Or a `Ticket`, which takes none of the options of this paragraph.
     reference_name: str, a reference such as "chr1"; "*" for unplaced unmapped reads.
     reference_md5: str, 32 hexadecimal digits, the MD5 of the reference sequence.
     start, end: int, 0-based half-open positions on the reference, below 2**32.
@@ -4149,19 +3659,21 @@ def get(
         called before every ticket request. Not sent over plain http to another
         machine, or through a proxy, unless HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER
         is set to "I understand the risks".
-    headers: mapping of str to str, sent to the ticket server only; None leaves one
-        out. Without a token and an Authorization here, .netrc is consulted.
+    headers: mapping of str to str, sent to the ticket server only (but a User-Agent is
+        sent with every request); None omits one. Without a token and an Authorization
+        here, .netrc is consulted.
 
-    Where it goes and how it is fetched:
+    Where the data goes and how it is fetched:
 
     output: a binary file object, written from its current position on, or a path. A
-        path is written as PATH.part and moved in place when the data is complete.
-    max_retries: int, how often in a row a transfer is retried without progress (64
-        KiB of new data); negative for no limit.
+        path is written as PATH.part and renamed when the data is complete.
+    max_retries: int, how often in a row a part is retried without progress (64 KiB of
+        new data, or its end); negative for no limit.
     retry_wait: seconds before the first retry; doubled for each further one up to
         60 s, with a little jitter.
-    timeout: seconds to wait for data (of a tuple, the larger one).
-    connections: int, the most connections at once.
+    timeout: seconds to wait for data (of a tuple, the larger); None for no limit.
+    connections: int, the most connections open at the same time; 1 is strictly
+        sequential, in the caller's own thread.
     verify: bool, check MD5, format and end of the data.
     resume: bool, continue what an earlier run left at PATH.part.
     progress: function called with the bytes so far and in all (None if unknown).
@@ -4172,54 +3684,59 @@ def get(
     breaks the protocol, IntegrityError when the data is wrong, RetryableError when
     retries are used up; and OSError when the output fails.
     """
-    options = _checked(_Options(**locals()))
+    options = _checked(locals())
     source = _source(options)
-    target = _open_output(output)
-    try:
-        _save(source, target, options)
-    finally:
-        target.close()
+    with contextlib.closing(_open_output(output)) as target:
+        with contextlib.closing(_Download(source, options, target)) as download:
+            for _ in download.chunks():
+                pass
+        target.commit(download.position)
+    words = target.name, download.summary()
+    _log.info("%s: %s", *words, extra={"on_terminal": True})
 
 
 def open(url: Union[str, Ticket], **options: Any) -> BufferedReader:
     """Request data and return it as a readable binary stream, while it is fetched.
 
-    The options are those of `get`, and so are the exceptions, which any read may
-    raise; a read that returns b"" means that the data is complete and verified. Close
-    the stream, or use it as a context manager: that ends the transfer at once, also
-    when another thread reads.
+    The options are those of `get`, without `output`, and so are the exceptions, which
+    any read may raise, and which later reads raise again. A read that returns b"" means
+    that the data is complete and verified. To close the stream, or to leave it as a
+    context manager, ends the transfer, also when another thread reads.
     """
     known = _options_of_get(url, options)
-    return _BufferedStream(_Stream(_Transfer(_source(known), known)), _CHUNK)
+    download = _Download(_source(known), known, None)
+    return _BufferedStream(_Stream(download), _CHUNK)
 
 
 def get_ticket(url: str, **options: Any) -> Ticket:
-    """Request a ticket and return it; `get` takes it in place of a URL.
+    """Request a ticket and return it (spec: "Response JSON fields").
 
-    The options are those of `get`, and so are the exceptions.
+    The options are those of `get`, without `output`, and so are the exceptions. `get`
+    takes the ticket in place of a URL.
     """
     known = _options_of_get(url, options)
-    return _request_json(_TicketRequest(known), known, _parse_ticket)
+    return _request(_TicketRequest(known), known, _parse_ticket)
 
 
 def service_info(url: str, **options: Any) -> Dict[str, Any]:
     """What an htsget server says about itself (spec: "GET /reads/service-info").
 
     url: str, an address of the server: of its service-info, its reads or variants, or
-        of one of these. The options are those of `get`, and so are the exceptions.
+        of one of these. The options are those of `get`, and so are the exceptions;
+        only those for the connection matter. Returns the JSON object.
     """
     known = _options_of_get(url, options)
     parts = urllib.parse.urlsplit(_checked_url(url))
     path = re.sub(r"(.*/(reads|variants))(/.*)?\Z", r"\1/service-info", parts.path)
     if not path.endswith("/service-info"):
         path = path.rstrip("/") + "/service-info"
-    login = {"bearer_token": known.bearer_token, "headers": known.headers}
     address = parts._replace(path=path).geturl()
+    login = {"bearer_token": known.bearer_token, "headers": known.headers}
     request = _TicketRequest(_options_of_get(address, login))
-    return _request_json(request, known, lambda raw: _parse_json(raw, "the answer"))
+    return _request(request, known, lambda raw: _parse_json(raw, "the service-info"))
 
 
-# A name and positions; a name that has braces around it may have colons.
+# A name and positions; a name in braces may have colons.
 _REGION = re.compile(
     r"(?:\{(?P<braced>[^{}]+)\}|(?P<plain>[^{}\s]+?))"
     r"(?::(?=.*[0-9])(?P<first>[0-9][0-9,]{0,24})?"
@@ -4228,7 +3745,7 @@ _REGION = re.compile(
 
 
 def parse_region(text: str) -> Region:
-    """The `Region` for samtools' notation, which is 1-based and inclusive.
+    """The `Region` for samtools' notation (str), which is 1-based and inclusive.
 
     "chr1", "chr1:100" (from there on), "chr1:1,000-2,000", "*", and for a name that
     has colons "{HLA:A*01:01}:1-5". Raises RequestError.
@@ -4252,131 +3769,63 @@ def parse_region(text: str) -> Region:
     return Region(name, None if first is None else first - 1, last)
 
 
-# The options of `get` that are about the ticket request.
-_REQUEST_OPTIONS = (
-    "reference_name reference_md5 start end fields tags notags data_format bearer_token"
-    " headers data_class regions"
-).split()
-
-
 def _options_of_get(url: Any, given: Dict[str, Any]) -> _Options:
-    """The options of `get` as they are given to another function."""
     import inspect
 
     bound = inspect.signature(get).bind(url, None, **given)
     bound.apply_defaults()
-    return _checked(_Options(**bound.arguments))
-
-
-def _checked(options: _Options) -> _Options:
-    """The options that are not about the request, checked."""
-    timeout = options.timeout
-    if isinstance(timeout, (tuple, list)):
-        timeout = None if None in timeout else max(timeout, default=None)
-    for name, value, least in (
-        ("max_retries", options.max_retries, float("-inf")),
-        ("retry_wait", options.retry_wait, 0),
-        ("connections", options.connections, 1),
-        ("timeout", 1 if timeout is None else timeout, sys.float_info.min),
-    ):
-        if not isinstance(value, (int, float)) or not value >= least:
-            raise RequestError("%s is too small, or not a number", name)
-    return _Options(**dict(vars(options), timeout=timeout))
+    return _checked(bound.arguments)
 
 
 def _source(options: _Options) -> _Source:
-    """Where the ticket comes from; checks the arguments."""
-    ticket = options.url
-    if not isinstance(ticket, Ticket):
+    if not isinstance(options.url, Ticket):
         return _TicketRequest(options)
-    given = [name for name in _REQUEST_OPTIONS if getattr(options, name) is not None]
-    _refuse_with_ticket(given)
-    _check_ticket(ticket)
-    return ticket
+    _require_no_request(vars(options))
+    _check_ticket(options.url)
+    return options.url
 
 
-def _refuse_with_ticket(given: List[str]) -> None:
-    """RequestError if there are options of the ticket request."""
-    if given:
-        text = "%s cannot be combined with a ticket, which says what is fetched"
-        raise RequestError(text, ", ".join(given))
+def _require_no_request(given: Mapping[str, Any]) -> None:
+    names = [option.name for option in _OPTIONS if option.group == "request"]
+    wrong = [name for name in names if given.get(name) is not None]
+    if wrong:
+        raise RequestError("%s cannot be combined with a ticket", ", ".join(wrong))
 
 
-def _request_json(
-    request: _TicketRequest, options: _Options, parse: Callable[[bytearray], _T]
-) -> _T:
-    """The ticket server's parsed answer to a single request."""
-    transport = _Transport(options, _Hosts())
+def _request(
+    request: _TicketRequest, options: _Options, parse: Callable[[bytearray], _Parsed]
+) -> _Parsed:
+    transport = _Transport(options, request.user_agent)
     try:
-        return _ask_ticket_server(transport, request, options, parse)
+        return _request_json(transport, request, options, parse)
     finally:
         transport.stop()
-
-
-def _save(source: _Source, output: _Output, options: _Options) -> None:
-    """Fetch everything, write it and verify it."""
-    begun = time.monotonic()
-    transfer = _Transfer(source, options)
-    failure: Optional[BaseException] = None
-    delivery: Optional[_Delivery] = None
-    try:
-        delivery = _Delivery(transfer, output)
-        for _ in _deliver(transfer, delivery):
-            pass
-        verdict = delivery.finish()
-    except BaseException as error:
-        failure = error
-        is_wrong = isinstance(error, IntegrityError)
-        if is_wrong and isinstance(output, _PathOutput) and output.size():
-            text = "%s; the data is kept in %s"
-            raise IntegrityError(text, error, output.part) from None
-        raise
-    finally:
-        transfer.stop()
-        if delivery is not None:
-            delivery.note_at_last(failure)
-    output.commit(delivery.position)
-    passed = max(time.monotonic() - begun, 1e-3)
-    rate = _size((delivery.position - delivery.resumed) / passed)
-    count = len(transfer.tickets.blocks)
-    blocks = "1 data block" if count == 1 else "%d data blocks" % count
-    text = "%s: %s in %.1f s (%s/s), %s; %s"
-    values = output.name, _size(delivery.position), passed, rate, blocks, verdict
-    _log.info(text, *values, extra={"on_terminal": True})
 
 
 class _Stream(RawIOBase):
     """The data of a transfer, to be read."""
 
-    def __init__(self, transfer: _Transfer) -> None:
+    def __init__(self, download: _Download) -> None:
         super().__init__()
-        self._transfer = transfer
-        self._data = self._verified()
+        self._download = download
+        self._chunks = download.chunks()
         self._left = memoryview(b"")
         self._failure: Optional[BaseException] = None
 
-    def _verified(self) -> Iterator[bytes]:
-        delivery = _Delivery(self._transfer, None)
-        yield from _deliver(self._transfer, delivery)
-        delivery.finish()
-
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read the next bytes; 0 at the end."""
+        """Read the next bytes; 0 at the end. Later reads raise an error again."""
         try:
             while self._failure is None and not self._left:
-                data = next(self._data, None)
-                if data is None:
-                    return 0
-                self._left = memoryview(data)
+                self._left = memoryview(next(self._chunks))
+        except StopIteration:
+            return 0
         except _Stopped:
             self._failure = ValueError("I/O operation on closed file")
         except BaseException as error:
             self._failure = error
-        # Later reads raise it again: an error is never mistaken for the end.
         if self._failure is not None:
             raise self._failure
         count = min(len(buffer), len(self._left))
@@ -4384,17 +3833,8 @@ class _Stream(RawIOBase):
         self._left = self._left[count:]
         return count
 
-    def stop(self) -> None:
-        """End the transfer, whoever reads it."""
-        self._transfer.stop()
-
     def close(self) -> None:
-        """End the transfer."""
-        if not self.closed:
-            self.stop()
-            # "already executing": another thread reads, and gets an error.
-            with contextlib.suppress(ValueError):
-                self._data.close()  # type: ignore
+        self._download.close()
         super().close()
 
 
@@ -4402,33 +3842,30 @@ class _BufferedStream(BufferedReader):
     """A buffered `_Stream` that can be closed while another thread reads."""
 
     def close(self) -> None:
-        """End the transfer; its reader gets an error."""
-        self.raw.stop()  # type: ignore
+        # BufferedReader itself would first wait for that thread.
+        self.raw.close()
         super().close()
 
 
 # ---- command line
 #
-# Arguments in; an exit status and one line per message out.
+# Arguments in; an exit status and one line per message out. Standard output carries the
+# data and nothing else. Owns the process: its signals and its standard streams. For
+# promise 3, hints name what to do, and are given only where they are true.
 
-_EXAMPLES = """examples:
-  htsget https://example.org/reads/NA12878 -O NA12878.bam
-  htsget https://example.org/reads/NA12878 --region chr1:1,000-2,000 -O slice.bam
-  htsget https://example.org/variants/1000g -f VCF -r chr22 | zcat | less
+_Args = argparse.Namespace
 
-exit status: 0 done; 1 refused or wrong; 2 usage error; 75 gave up, rerun to resume;
-  129, 130, 143 hang-up, interrupted, terminated; 141 broken pipe
-"""
-
-# Signals that end a run in order, and what the error line says then.
+# Signals that end a run in order, and what the message says then.
 _SIGNALS = {1: "hung up", 2: "interrupted", 15: "terminated"}
 
-# What a refusal for lack of a login says, by what was asked.
-_LOGIN_HINTS = {
-    "proxy": "; the proxy wants a login: write it in the proxy's URL",
-    "proxy with login": "; the proxy does not accept the login in its URL",
-    "ticket": "; if a token is needed, give it with -b or --bearer-token-file",
-    "ticket with login": "; the server does not accept this login",
+# What to do about a refusal, by status and place.
+_HINTS = {
+    (401, "ticket"): "the server needs a login: -b or --bearer-token-file",
+    (401, "ticket with login"): "the server does not accept this login",
+    (403, "ticket"): "if a login is needed, give it with -b or --bearer-token-file",
+    (403, "ticket with login"): "this login may not read this",
+    (407, "proxy"): "the proxy needs a login: write it in the proxy's URL",
+    (407, "proxy with login"): "the proxy does not accept the login in its URL",
 }
 
 
@@ -4441,92 +3878,85 @@ class _Messages(logging.Handler):
         self._meter = meter
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """By level; what a person at a terminal wants to know goes there anyway."""
-        wanted = getattr(record, "always", False) and self._lowest < logging.ERROR
-        if self._meter is not None and self._meter.is_terminal:
-            wanted = wanted or getattr(record, "on_terminal", False)
-        return wanted or record.levelno >= self._lowest
+        is_on_terminal = self._meter is not None and self._meter.is_terminal
+        is_raised = hasattr(record, "on_terminal") and is_on_terminal
+        is_raised = is_raised or hasattr(record, "always")
+        return (logging.WARNING if is_raised else record.levelno) >= self._lowest
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
         if self._meter is not None:
             self._meter.clear()
         _write(sys.stderr, "htsget: " + record.getMessage())
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line with `argv` (default: sys.argv[1:]); return its status.
+    """Run the command line with `argv` (default: sys.argv[1:]); return its exit status.
 
-    0: done. 1: refused or wrong, a rerun will not help. 2: usage error. 75: gave up,
-    a rerun may help. 129, 130, 143: hang-up, interrupted, terminated. 141: broken
-    pipe.
+    examples:
+      htsget https://example.org/reads/NA12878 -O NA12878.bam
+      htsget https://example.org/reads/NA12878 --region chr1:1,000-2,000 -O slice.bam
+      htsget https://example.org/variants/1000g -f VCF -r chr22 | zcat | less
+
+    environment:
+      http_proxy https_proxy ALL_PROXY no_proxy   proxies, and what to reach without
+      SSL_CERT_FILE SSL_CERT_DIR                  CA certificates, not the system's
+      REQUESTS_CA_BUNDLE CURL_CA_BUNDLE           more CA certificates
+      HTS_AUTH_LOCATION                           file with the token; without, ~/.netrc
+      NETRC                                       or this file has the login
+      HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER  "I understand the risks": tokens over
+                                                  http
+
+    exit status:
+      0 done; 1 refused or wrong; 2 usage error; 75 gave up, rerun to resume;
+      129, 130, 143 hang-up, interrupted, terminated; 141 broken pipe
     """
-    try:
-        args = _parse_arguments(sys.argv[1:] if argv is None else argv)
-    except SystemExit as done:
-        return int(done.code or 0)
-    except RequestError as error:
-        _write(sys.stderr, "htsget: error: %s (see htsget --help)" % error)
-        return 2
-    meter = _meter(args)
-    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
-    lowest = logging.ERROR if args.quiet else levels[min(args.verbose, 2)]
-    handler, before = _Messages(lowest, meter), _log.level
-    _log.setLevel(min(lowest, logging.INFO))
-    _log.addHandler(handler)
-    try:
-        return _run(args, meter)
-    finally:
-        _log.removeHandler(handler)
-        _log.setLevel(before)
-
-
-def _meter(args: argparse.Namespace) -> Optional[_Meter]:
-    """The progress meter, if it is wanted: by default on a terminal only."""
-    with contextlib.suppress(ValueError, AttributeError):
-        is_terminal = sys.stderr.isatty()
-        wanted = is_terminal if args.show_progress is None else args.show_progress
-        is_path = args.output not in (None, "-")
-        if wanted and not args.quiet and (is_path or not sys.stdout.isatty()):
-            name = args.output if is_path else "standard output"
-            return _Meter(sys.stderr, name, is_terminal)
-    return None
-
-
-def _run(args: argparse.Namespace, meter: Optional[_Meter]) -> int:
-    """Do what the arguments say; errors become one line and an exit status."""
-    try:
-        with _terminable():
-            _act(args, meter)
-        return 0
-    except BrokenPipeError:
-        return 141
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        status, message = 128 + number, _SIGNALS[number] + _kept(args)
-    except (HtsgetException, OSError) as error:
-        status, advice = _verdict(error, args)
-        message = str(error) + advice
-    finally:
-        if meter is not None:
-            meter.clear()
-    _write(sys.stderr, "htsget: error: " + message)
+    status, message = _run(sys.argv[1:] if argv is None else argv)
+    if message:
+        _write(sys.stderr, "htsget: error: " + message)
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
     return status
 
 
+def _flush(stream: Any) -> None:
+    """Flush a standard stream, or discard what it holds: otherwise Python would try
+    again at exit, and change the exit status to 120."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv: List[str]) -> Tuple[int, str]:
+    signals: List[int] = []
+    args = _Args(url="", output=None, resume=None)
+    try:
+        args = _parse_arguments(argv)
+        with _ended_by_signals(signals), _shown_messages(args) as meter:
+            _act(args, meter)
+    except SystemExit:
+        # After --help and --version.
+        pass
+    except BaseException as error:
+        return _outcome(error, args, signals)
+    return 0, ""
+
+
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let the signals end what runs here in order."""
+def _ended_by_signals(received: List[int]) -> Iterator[None]:
+    """Let signals end in order what runs here, and note them: their exception may
+    surface as another one, such as a RuntimeError of Condition.wait()."""
 
-    def terminate(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(number)
+    def end(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.Signals:
-            # What nohup ignores stays ignored.
-            if number in _SIGNALS and signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, terminate)
+    is_main = threading.current_thread() is threading.main_thread()
+    known = [s for s in signal.Signals if s in _SIGNALS and is_main]
+    # What nohup ignores stays ignored.
+    heeded = [s for s in known if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield
     finally:
@@ -4534,89 +3964,114 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _verdict(error: Exception, args: argparse.Namespace) -> Tuple[int, str]:
-    """The exit status for an error, and what to do about it where that is known."""
-    if isinstance(error, RequestError):
-        return 2, ""
-    if isinstance(error, RetryableError):
-        return 75, _kept(args) or "; a rerun may help"
-    if isinstance(error, ClientError):
-        return 1, _hint(error, args)
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return 75, "; free some space and rerun" + (" to resume" if _kept(args) else "")
-    return 75 if isinstance(error, BlockingIOError) else 1, ""
-
-
-def _kept(args: argparse.Namespace) -> str:
-    """What is kept of the output, and how to continue."""
-    if args.output not in (None, "-"):
-        part = _part_path(os.path.realpath(args.output))
-        with contextlib.suppress(OSError):
-            size = os.stat(part).st_size
-            if size:
-                text = "; %s kept in %s: rerun the same command to resume"
-                return text % (_size(size), part)
-    return ""
-
-
-def _hint(error: ClientError, args: argparse.Namespace) -> str:
-    """What to do about a refusal, where that is known."""
-    asked, status = error._asked, error.status
-    if asked.startswith("proxy"):
-        return _LOGIN_HINTS[asked] if status == 407 else "; the proxy refuses"
-    if asked.startswith("ticket") and status in (401, 403):
-        return _LOGIN_HINTS[asked]
-    if asked.startswith("ticket") and error.error in ("NotFound", "Not Found"):
-        # Of a server's own address, or of more than the id, it may be something else.
-        other = (args.service_info, args.reference_name, args.reference_md5)
-        is_id = not any(other + (args.region, args.regions_file))
-        return "; check the id in the URL" if is_id else ""
-    if asked == "data block" and status in _EXPIRED_STATUS and not _is_url(args.url):
-        return "; the URLs of the ticket may have expired: get a new ticket"
-    if error.error == "UnsupportedFormat":
-        with contextlib.suppress(HtsgetException, LookupError, TypeError):
-            options = dict(_options(args), max_retries=0, timeout=10)
-            info = service_info(args.url, **options)
-            formats = ", ".join(info["htsget"]["formats"])
-            return "; the server has " + _printable(formats)
-    return ""
-
-
-def _act(args: argparse.Namespace, meter: Optional[_Meter]) -> None:
-    """Call the function that the arguments ask for."""
-    source = args.url
-    if not args.service_info and not _is_url(source):
-        names = [*_REQUEST_OPTIONS, "region", "regions_file", "bearer_token_file"]
-        given = [name for name in names if getattr(args, name, None) not in (None, [])]
-        _refuse_with_ticket([args.words[name] for name in given])
-        source = _ticket(source)
-    options = _options(args)
-    output = None if args.service_info or args.dry_run else _output(args)
+@contextlib.contextmanager
+def _shown_messages(args: _Args) -> Iterator[Optional[_Meter]]:
+    """Show log messages; yield the progress meter if it is wanted."""
+    meter = None
+    is_terminal = _is_terminal(sys.stderr)
+    is_wanted = is_terminal if args.show_progress is None else args.show_progress
+    if is_wanted and not args.quiet:
+        name = "standard output" if args.output in (None, "-") else args.output
+        meter = _Meter(sys.stderr, name, is_terminal)
+    lowest = max(logging.WARNING - 10 * args.verbose, logging.DEBUG)
+    lowest = logging.ERROR if args.quiet else lowest
+    handler, before = _Messages(lowest, meter), _log.level
+    _log.setLevel(min(lowest, logging.INFO))
+    _log.addHandler(handler)
     try:
-        if args.service_info:
-            print(json.dumps(service_info(source, **options), indent=2), flush=True)
-        elif output is not None:
-            get(source, output, progress=meter, **options)
-        else:
-            if _is_url(args.url):
-                source = get_ticket(source, **options)
-            print(_described(source), flush=True)
-    except RequestError as error:
-        # What the library calls an option has another name here.
-        pattern = r"(?<!\S)(%s)(?=[,:;]?(\s|\Z))" % "|".join(args.words)
-        named = re.sub(pattern, lambda match: args.words[match.group(1)], str(error))
-        raise RequestError(named) from None
+        yield meter
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(before)
+        if meter is not None:
+            meter.clear()
 
 
-def _output(args: argparse.Namespace) -> Union[str, FileIO]:
-    """Where the data goes, for `get`."""
+def _is_terminal(stream: Optional[TextIO]) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _outcome(error: BaseException, args: _Args, signals: List[int]) -> Tuple[int, str]:
+    text = re.sub(r"\A\[Errno \d+\] ", "", str(error))
+    again = "the same command" if args.resume is None else "without --no-resume"
+    kept = _kept(args, ": rerun %s to resume" % again)
+    if signals or isinstance(error, KeyboardInterrupt):
+        number = signals[0] if signals else signal.SIGINT
+        return 128 + number, _SIGNALS[number] + kept
+    if isinstance(error, BrokenPipeError):
+        return 141, ""
+    if isinstance(error, RequestError):
+        # `get` and the command line have different names for an option.
+        pattern = r"(?<!\S)(%s)(?=[,:;]?(\s|\Z))" % "|".join(_FLAGS)
+        return 2, re.sub(pattern, lambda match: _FLAGS[match.group(1)], text)
+    is_passing = isinstance(error, (RetryableError, BlockingIOError))
+    if is_passing or getattr(error, "errno", None) in _DISK_FULL:
+        return 75, text + (kept or "; a rerun may help")
+    if isinstance(error, (HtsgetException, OSError)):
+        return 1, text + _hint(error, args)
+    raise error
+
+
+def _kept(args: _Args, how: str) -> str:
+    with contextlib.suppress(OSError):
+        part = os.path.realpath(args.output or "-") + ".part"
+        size = os.stat(part).st_size
+        return "; %s kept in %s%s" % (_size(size), part, how) if size else ""
+    return ""
+
+
+def _hint(error: Exception, args: _Args) -> str:
+    place, status = getattr(error, "_place", ""), getattr(error, "status", 0)
+    hint = ""
+    if (status, place) in _HINTS:
+        hint = "; " + _HINTS[status, place]
+    elif place == "data block":
+        if not _is_url(args.url):
+            hint = "; the URLs of the ticket may have expired: get a new ticket"
+    elif _is_url(args.url) and not args.service_info:
+        path = urllib.parse.urlsplit(args.url).path
+        if re.fullmatch("/*((reads|variants)/*)?", path):
+            hint = "; the URL needs /reads/ID or /variants/ID"
+        elif status == 404:
+            hint = "; check the id, and the format and reference name if given"
+    if isinstance(error, OSError):
+        return hint
+    has_expired = status in (401, 403)
+    return hint + _kept(args, ": rerun with a valid login" if has_expired else "")
+
+
+def _act(args: _Args, meter: Optional[_Meter]) -> None:
+    is_ticket = not args.service_info and not _is_url(args.url)
+    source: Any = _read_ticket(args) if is_ticket else args.url
+    options = _options(args)
+    if args.service_info:
+        _print(json.dumps(service_info(source, **options), indent=2))
+    elif args.dry_run:
+        _print(_described(source if is_ticket else get_ticket(source, **options)))
+    else:
+        get(source, _output(args), progress=meter, **options)
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "it is closed"
+        raise HtsgetException("cannot write standard output: %s", reason) from None
+
+
+def _output(args: _Args) -> Union[str, FileIO]:
+    if args.output == "":
+        raise RequestError("the output has no name; give -O PATH or -O -")
     if args.output not in (None, "-"):
         return str(args.output)
     if sys.stdout is None:
         raise RequestError("standard output is closed; give -O PATH")
-    if args.output is None and sys.stdout.isatty():
-        text = "not writing binary data to a terminal; give -O PATH or -O -"
-        raise RequestError(text)
+    if args.output is None and _is_terminal(sys.stdout):
+        raise RequestError("not writing data to a terminal; give -O PATH or -O -")
     return FileIO(sys.stdout.fileno(), "w", closefd=False)
 
 
@@ -4624,90 +4079,85 @@ def _is_url(text: str) -> bool:
     return re.match("[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
-def _ticket(path: str) -> Ticket:
-    """The ticket in a file, or on standard input for "-"."""
-    if path != "-" and not os.path.exists(path):
-        shown = _printable(path, 100)
-        raise RequestError("%s is neither a URL nor a file with a ticket", shown)
-    return _parse_ticket(bytearray(_read_input(path)))
+def _read_ticket(args: _Args) -> Ticket:
+    _require_no_request(vars(args))
+    if args.url != "-" and not os.path.exists(args.url):
+        text = "%s is not a file with a ticket, nor a URL: begin with https://"
+        raise RequestError(text, _printable(args.url, 100))
+    return _parse_ticket(bytearray(_read_text(args.url).encode("utf-8")))
 
 
-def _read_input(path: str) -> bytes:
-    """The content of an input file, or of standard input for "-"."""
+def _read_text(path: str) -> str:
+    """The content of a file, or of standard input for "-"; gzip is decompressed."""
+    import gzip
+
     try:
-        if path == "-":
-            return sys.stdin.buffer.read()
-        with _open(path, "rb") as file:
-            return bytes(file.read())
-    except (OSError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or "standard input is closed"
+        with _open(path, "rb") if path != "-" else sys.stdin.buffer as file:
+            raw = file.read()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        return str(raw.decode("utf-8-sig"))
+    except (OSError, EOFError, ValueError, AttributeError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "it is closed, or not text"
         raise RequestError("cannot read %s: %s", path, reason) from None
 
 
 def _described(ticket: Ticket) -> str:
-    """What --dry-run tells of a ticket: no query, no header's value."""
-    resource = _Resource(0)
-    blocks = [_Block(n, block, resource) for n, block in enumerate(ticket.blocks)]
-    sizes = [block.size for block in blocks]
-    remote = [block for block in blocks if block.data is None]
-    hosts = sorted({_origin(block.request[0])[1] for block in remote})
+    sizes = [_Block(index, block, {}).size for index, block in enumerate(ticket.blocks)]
     size = "not known" if None in sizes else "%d bytes" % sum(n or 0 for n in sizes)
+    remote = [block.url for block in ticket.blocks if not _is_inline(block)]
+    hosts = sorted({_origin(url)[1] for url in remote})
     lines = [
-        "format: %s" % _printable(ticket.format or "not given", 40),
-        "blocks: %d (%d inline)" % (len(blocks), len(blocks) - len(remote)),
-        "size:   %s" % size,
-        "MD5:    %s" % (ticket.md5 or "not given"),
-        "hosts:  %s" % (", ".join(hosts) or "none"),
+        "format: " + _printable(ticket.format or "not given", 40),
+        "blocks: %d (%d inline)" % (len(sizes), len(sizes) - len(remote)),
+        "size:   " + size,
+        "MD5:    " + (ticket.md5 or "not given"),
+        "hosts:  " + (", ".join(hosts) or "none"),
     ]
     return "\n".join(lines)
 
 
-def _options(args: argparse.Namespace) -> Dict[str, Any]:
-    """The options of `get` that the arguments stand for."""
-    names = get.__code__.co_varnames[2:]
+def _options(args: _Args) -> Dict[str, Any]:
+    known = set(get.__annotations__) - {"url", "output"}
     given = {name: value for name, value in vars(args).items() if value is not None}
-    options = {name: value for name, value in given.items() if name in names}
-    options["headers"] = _parse_headers(args.headers) or None
+    options = {name: given[name] for name in known & set(given)}
+    if args.headers:
+        options["headers"] = _parse_headers(args.headers)
     if args.cacert:
         options["ssl_context"] = _default_ssl_context(args.cacert)
-    path = args.bearer_token_file
-    if _is_url(args.url):
-        path = path or os.environ.get("HTS_AUTH_LOCATION")
+    variable = "HTS_AUTH_LOCATION" if _is_url(args.url) else ""
+    path = args.bearer_token_file or os.environ.get(variable)
     if args.bearer_token is None and path:
         options["bearer_token"] = functools.partial(_read_token, path)
-    regions = [parse_region(text) for text in args.region]
+    if re.search(r".:[0-9,]+-[0-9,]*\Z", args.reference_name or ""):
+        raise RequestError("-r takes a name only; give a region with --region")
+    regions = list(map(parse_region, args.regions or []))
     if args.regions_file:
         regions += _read_bed(args.regions_file)
-    if regions and {"reference_name", "start", "end"} & set(given):
-        raise RequestError("--region and -L cannot be combined with -r, -s or -e")
-    if len(regions) == 1:
-        options.update(regions[0]._asdict())
-    elif regions:
-        options["regions"] = regions
+    options["regions"] = regions or None
+    if len(regions) == 1 and not {"reference_name", "start", "end"} & set(given):
+        options.update(regions[0]._asdict(), regions=None)
     return options
 
 
-def _parse_headers(texts: List[str]) -> Dict[str, str]:
+def _parse_headers(values: List[str]) -> Dict[str, str]:
     """The headers of -H: "Name: value", or a JSON object as htsget 0.2.6 takes it."""
-    headers = {}
-    for text in filter(str.strip, texts):
-        try:
-            if text.lstrip().startswith("{"):
+    headers: Dict[str, str] = {}
+    try:
+        for text in filter(None, map(str.strip, values)):
+            if text.startswith("{"):
                 headers.update(json.loads(text))
             else:
-                name, value = text.split(":", 1)
-                headers[name.strip()] = value.strip()
-        except ValueError:
-            text = "-H/--headers takes 'Name: value' or a JSON object"
-            raise RequestError(text) from None
+                name, value = re.split(r"\s*:\s*", text, maxsplit=1)
+                headers[name] = value
+    except ValueError:
+        raise RequestError("-H takes 'Name: value' or a JSON object") from None
     return headers
 
 
 def _read_token(path: str) -> str:
     """A token from a file: text, or JSON with `access_token`, as htslib reads it."""
-    raw = _read_input(path)
+    text = _read_text(path).strip()
     with contextlib.suppress(ValueError, KeyError):
-        text = raw.decode("utf-8-sig").strip()
         token = json.loads(text)["access_token"] if text.startswith("{") else text
         if isinstance(token, str) and token.strip():
             return token
@@ -4716,121 +4166,74 @@ def _read_token(path: str) -> str:
 
 
 def _read_bed(path: str) -> List[Region]:
-    """The regions of a BED file, which may be compressed with gzip."""
-    import gzip
-
-    raw = _read_input(path)
-    try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        lines = raw.decode("utf-8-sig").splitlines()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise RequestError("cannot read %s: %s", path, error) from None
+    text = "%s, line %d: columns must be a name (not *), integers START <= END < 2**32"
     regions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         if line.strip() and not re.match(r"#|(track|browser)(\s|\Z)", line):
-            columns: List[Any] = line.split("\t" if "\t" in line else None)
             try:
-                if len(columns) < 3:
-                    raise RequestError("fewer than three columns")
-                regions.append(Region(*columns[:3]))
-                _regions(regions[-1:])
-            except RequestError as error:
-                raise RequestError("%s, line %d: %s", path, number, error) from None
+                name, start, end = line.split("\t" if "\t" in line else None)[:3]
+                regions.append(Region(name, _position(start), _position(end)))
+                if name == "*" or int(start) > int(end):
+                    raise ValueError
+            except ValueError:
+                raise RequestError(text, path, number) from None
     if not regions:
-        raise RequestError("%s has no regions", path)
+        raise RequestError("there is no region in %s", path)
     return regions
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser whose errors are one line, and never show what may be a token."""
 
     def error(self, message: str) -> Any:
-        """What is wrong with the arguments."""
-        raise RequestError(message)
+        if "expected one argument" in message:
+            message += "; if it begins with '-', put '=' before it, as in -b=-TOKEN"
+        raise RequestError("%s (see htsget --help)", message)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and version; argparse ignores errors here."""
+        _print(message)
 
 
-def _parse_arguments(argv: List[str]) -> argparse.Namespace:
-    """The arguments, where no option can be abbreviated: argparse's own way to forbid
-    that also forbids -vv before Python 3.8. `words`: the options by what `get` calls
-    them."""
+_FLAGS = {option.name: option.flags for option in _OPTIONS}
+
+
+def _parse_arguments(argv: List[str]) -> _Args:
     parser = _Parser(
         prog="htsget",
         description="Fetch slices of BAM, CRAM, VCF and BCF files from htsget servers.",
-        epilog=_EXAMPLES,
+        # Where Python keeps no docstrings, there is none.
+        epilog=textwrap.dedent((main.__doc__ or "").partition("\n\n")[2]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Forbids -vv, too, before Python 3.8.
+        allow_abbrev=sys.version_info < (3, 8),
     )
     text = "address of the data; or a file with a ticket, - for standard input"
     parser.add_argument("url", metavar="URL", help=text)
     version = "%(prog)s " + __version__
     parser.add_argument("-V", "--version", action="version", version=version)
-    actions = _add_options(parser)
-    words = {action.dest: "/".join(action.option_strings) for action in actions}
-    parser.set_defaults(words=words)
-    flags = {flag for action in actions for flag in action.option_strings}
-    for arg in argv[: argv.index("--") if "--" in argv else None]:
-        name = arg.partition("=")[0]
-        if name.startswith("--") and name not in flags | {"--help", "--version"}:
-            parser.error("unrecognized arguments: %s" % arg)
-    return parser.parse_args(argv)
+    groups = {name: parser.add_argument_group(name) for name in _OPTION_TABLE}
+    for option in _OPTIONS:
+        settings: Dict[str, Any] = {"action": "store", "metavar": option.value}
+        if option.name == "verbose":
+            settings = {"action": "count", "default": 0}
+        elif option.value == "-":
+            is_on = not option.flags.startswith("--no-")
+            settings = {"action": "store_const", "const": is_on}
+        elif "repeatable" in option.help:
+            settings["action"] = "append"
+        settings.update(dest=option.name, help=option.help)
+        groups[option.group].add_argument(*option.flags.split("/"), **settings)
+    args, others = parser.parse_known_args(argv)
+    for other in others:
+        if not other.startswith("-"):
+            parser.error("more than one URL; give the file to write with -O NAME")
+        name = other.partition("=")[0] if other.startswith("--") else other[:2]
+        parser.error("unrecognized arguments: %s" % name)
+    return args
 
 
-def _add_options(parser: argparse.ArgumentParser) -> List[argparse.Action]:
-    """Add the options; defaults that are not given here are those of `get`."""
-    kinds: Dict[str, Any] = {"N": {"type": int}, "SECONDS": {"type": float}}
-    many: Dict[str, Any] = {"action": "append", "default": []}
-    either: Dict[str, Any] = {"dest": "show_progress", "default": None}
-    actions = []
-
-    def add(flags: str, value: str, text: str, **more: Any) -> None:
-        settings = dict(kinds.get(value, {}), help=text, **more)
-        if value:
-            settings["metavar"] = value
-        elif "action" not in more:
-            settings["action"] = "store_false" if "--no-" in flags else "store_true"
-        actions.append(group.add_argument(*flags.split(), **settings))
-
-    group = parser.add_argument_group("request")
-    add("-f --format", "FORMAT", "BAM, CRAM, VCF or BCF", dest="data_format")
-    add("-r --reference-name", "NAME", "reference, such as chr1")
-    add("-m --reference-md5", "MD5", "MD5 of the reference sequence")
-    add("-s --start", "N", "first position, 0-based")
-    add("-e --end", "N", "end position, 0-based, exclusive")
-    add(
-        "--region", "REGION", "chr1:1,000-2,000, 1-based, inclusive; repeatable", **many
-    )
-    add("-L --regions-file", "BED", "regions, 0-based; - for standard input")
-    add("--fields", "LIST", "SAM fields to include, comma-separated")
-    add("--tags", "LIST", "tags to include; '' for none")
-    add("--notags", "LIST", "tags to leave out")
-    add("--class", "CLASS", "'header': header only", dest="data_class")
-    add("--service-info", "", "print what the server says about itself, and stop")
-    add("--dry-run", "", "print what the ticket says, and stop")
-    group = parser.add_argument_group("transfer")
-    add("-M --max-retries", "N", "in a row without progress (default: 5; <0: no limit)")
-    add("-W --retry-wait", "SECONDS", "wait before the first retry (default: 5)")
-    add("-c --connections", "N", "the most connections at once (default: 4)")
-    add("--no-verify", "", "do not check MD5, format and end of data", dest="verify")
-    add("--no-resume", "", "start over, whatever is in PATH.part", dest="resume")
-    group = parser.add_argument_group("connection")
-    add("-T --timeout", "SECONDS", "how long to wait for data (default: 120)")
-    add("-b --bearer-token", "TOKEN", "token for the ticket server")
-    add(
-        "--bearer-token-file",
-        "PATH",
-        "file with the token (default: $HTS_AUTH_LOCATION)",
-    )
-    add("-H --headers", "HEADER", "'Name: value', repeatable; or a JSON object", **many)
-    add("--cacert", "PATH", "file or folder of additional CA certificates")
-    group = parser.add_argument_group("output")
-    add("-O -o --output", "PATH", "file to write (default, and -: standard output)")
-    add("--progress", "", "show progress even without a terminal", **either)
-    add("--no-progress", "", "show no progress", **either)
-    add("-q --quiet", "", "show errors only")
-    add("-v --verbose", "", "say more (-vv: most)", action="count", default=0)
-    return actions
-
-
-# ---- the modules of the htsget package on PyPI, where this file stands in for it
+# The names of the htsget package on PyPI (0.2.6), where this file replaces it.
 
 
 def htsget_main() -> None:
