@@ -235,6 +235,8 @@ except ImportError:
 
 # Python 3.6 has no time.thread_time; goes with it.
 _thread_time: Callable[[], float] = getattr(time, "thread_time", time.process_time)
+if sys.version_info < (3, 7) and hasattr(time, "clock_gettime"):
+    _thread_time = functools.partial(time.clock_gettime, time.CLOCK_THREAD_CPUTIME_ID)
 
 if TYPE_CHECKING:
     # From Python 3.8; only for type checkers.
@@ -981,8 +983,7 @@ def _identity(source: _Source, ticket: Ticket) -> Dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
 
 
 # ---- retry policy
@@ -3020,8 +3021,7 @@ class _Journal(_KeptFile):
 def _line(entry: Mapping[str, Any]) -> bytes:
     """A line of the journal with its checksum, after a line feed."""
     check = zlib.crc32(json.dumps(entry, sort_keys=True).encode("ascii"))
-    line = json.dumps(dict(entry, check=check), sort_keys=True)
-    return b"\n" + line.encode("ascii")
+    return b"\n" + json.dumps(dict(entry, check=check), sort_keys=True).encode("ascii")
 
 
 def _parsed(line: bytes) -> Dict[str, Any]:
