@@ -145,13 +145,12 @@ _METER_SPAN = 5.0
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-# Bytes read from a socket at once: larger buffers are allocated by mmap, with page
-# faults for each read.
+# Bytes of a read: larger buffers are allocated by mmap, with page faults each time.
 _CHUNK = 1 << 18
 # TLS delivers bulk data in records of this size.
 _TLS_RECORD = 1 << 14
-# Buffer for a response's header section: a small body often arrives with it.
-_FIRST_READ = 1 << 16
+# Buffer for a response's header section and a small body that arrives with it.
+_FIRST_READ = 68 << 10
 # Bytes of an error body that are read.
 _ERROR_LIMIT = 1 << 16
 # A ticket with inline data may be large; endless JSON must not fill the memory.
@@ -160,8 +159,7 @@ _TICKET_LIMIT = 64 << 20
 _RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
 
 
-# How often a request is repeated after a response of another object: the next replica
-# behind a load balancer may hold the right one.
+# How many replicas behind a load balancer are tried for an object.
 _REPLICA_ATTEMPTS = 10
 # Bytes of a block that may be read again to find out how its server wants to be asked.
 _REREAD_LIMIT = 64 << 20
@@ -169,8 +167,7 @@ _REREAD_LIMIT = 64 << 20
 _REFUSED_STATUS = (400, 401, 403, 404, 410, 416)
 # Statuses of a server that limits connections or requests.
 _CROWDED_STATUS = (429, 503)
-# How often in a row one part may renew the ticket: for the ticket's own request, since
-# URLs may expire again before they are used, and for a changed Range.
+# Renewals in a row for the ticket's own request (URLs may expire unused) and others.
 _RENEWALS_OWN, _RENEWALS_CHANGED = 3, 1
 # Headers of a ticket that would interfere with the framing of messages.
 _FRAMING_HEADERS = set(
@@ -185,8 +182,7 @@ _FIRST_CUT = 1 << 20
 _SMALLEST_CUT = 1 << 18
 # Waiting is shorter than this (seconds) by chance, and longer only with a slow server.
 _NOTICEABLE = 0.1
-# Seconds without a response to the part that is due, after which the connections that
-# other parts hold are suspected to keep the server from it.
+# Seconds after which connections of other parts are suspected to block the part due.
 _STARVED = 3.0
 # Seconds between looks at whether the due part is starved, or the transfer stopped.
 _POLL = 0.25
@@ -2129,7 +2125,7 @@ class _Part:
         # What has gone wrong, each kind in a row, since data came last.
         self._trouble: Dict[str, int] = collections.Counter()
         # The last request, and the places' number of reductions before it.
-        self._ask: Optional[_Ask] = None
+        self._ask: Any = None
         self._number = 0
 
     def limit(self) -> Optional[int]:
@@ -2268,8 +2264,7 @@ class _Part:
                 crc = zlib.crc32(data[seen:left], crc)
             left, rest = left - len(data), data[left:]
         if needs_proof and crc != self._crc:
-            text = "data block %d has other bytes than before"
-            raise _Contradiction(text, self.block.index + 1)
+            raise _Contradiction("data block %d has other bytes", self.block.index + 1)
         return rest
 
     def _learn(self, reply: _Reply) -> None:
@@ -2278,8 +2273,7 @@ class _Part:
         is_new = span.size not in (None, block.size) and block.size is not None
         is_short = (span.size or sys.maxsize) < self.position
         if is_short or (is_new and block.range_size is None):
-            text = "data block %d has another size than before"
-            raise _Contradiction(text, block.index + 1)
+            raise _Contradiction("data block %d has another size", block.index + 1)
         if _origin(ask.request.url) != _origin(block.request.url):
             raise _Contradiction("the ticket was renewed, and names another node")
         if not span.is_in_doubt:
@@ -2314,7 +2308,6 @@ class _Part:
     def _recover(self, error: HtsgetException, retry: _Retry, has_new: bool) -> None:
         """Decide what follows a failure: another request or the error."""
         ask, block, trouble = self._ask, self.block, self._trouble
-        assert ask is not None
         status = trouble.pop("status", 0)
         is_stale = ask.request.ticket != block.request.ticket
         if isinstance(error, _EndedEarly) and has_new:
@@ -2887,6 +2880,12 @@ class _PathOutput(_KeptFile):
                 yield data
                 start += len(data)
 
+    def flush(self) -> None:
+        """Have the system write to the disk meanwhile: the fsync later is short."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, position: int) -> None:
         # Where locks do not reach, another run may have renamed it meanwhile.
         self.require_in_place()
@@ -3327,6 +3326,7 @@ class _Delivery:
             self._count(data[:taken])
         if self._path is not None and self._path.journal.is_due(self.position):
             self._note(self._path.journal)
+            self._path.flush()
         progress = self._transfer.options.progress
         if progress is not None:
             if self._total is None and all(b.size is not None for b in self._blocks):
@@ -3379,19 +3379,19 @@ class _Delivery:
     def _checkpoint(self) -> _Checkpoint:
         """Here, if the rest of the block can be requested; or the block's beginning."""
         (index, offset), (before, crc) = self._due, self._crcs
-        size, position, is_announced = None, self.position, self._is_announced
+        size, position, announced = None, self.position, self._is_announced
         if offset > 0:
             block = self._blocks[index]
             size = block.size
             if block.data is not None or block.mode == _OWN or size is None:
                 position, offset, size, crc = position - offset, 0, None, before
             else:
-                is_announced = is_announced and block.is_announced
+                announced = announced and block.is_announced
         recent = self._blocks[self._noted[1] : index + 1]
         objects = {block.object for block in recent if block.data is None}
         records = {str(one.number): one.record() for one in objects}
         return _Checkpoint(
-            index, offset, size, position, before, crc, is_announced, records
+            index, offset, size, position, before, crc, announced, records
         )
 
     def _is_usable(self, point: _Checkpoint) -> bool:
@@ -3467,8 +3467,7 @@ class _Delivery:
 
 
 def _out_of_order(index: int) -> HtsgetException:
-    text = "data block %d came incomplete or out of order; this is a bug in htsget.py"
-    return HtsgetException(text, index + 1)
+    return HtsgetException("data block %d came out of order: this is a bug", index + 1)
 
 
 class _Download:
@@ -3691,8 +3690,7 @@ def get(
             for _ in download.chunks():
                 pass
         target.commit(download.position)
-    words = target.name, download.summary()
-    _log.info("%s: %s", *words, extra={"on_terminal": True})
+    _log.info("%s: %s", target.name, download.summary(), extra={"on_terminal": True})
 
 
 def open(url: Union[str, Ticket], **options: Any) -> BufferedReader:
