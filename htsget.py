@@ -2129,8 +2129,8 @@ class _Part:
         self._number = 0
 
     def limit(self) -> Optional[int]:
-        ends = [end for end in (self.end, self.block.size) if end is not None]
-        return min(ends, default=None)
+        end, size = self.end, self.block.size
+        return end if size is None or (end is not None and end < size) else size
 
     def is_complete(self) -> bool:
         return self._is_at_end(self.position)
@@ -2225,8 +2225,8 @@ class _Part:
         # The last bytes are yielded only after an end that must still show.
         is_open = span.end is None and self.block.size is not None
         needs_end, held = span.is_in_doubt or is_open, b""
+        limit = self.limit()
         for data in itertools.chain([rest], body):
-            limit = self.limit()
             new = data if limit is None else data[: max(0, limit - offset)]
             offset += len(data)
             if not span.is_in_doubt and new:
@@ -2235,8 +2235,9 @@ class _Part:
                 held, new = new or held, held if new else b""
             if new:
                 yield new
-            end = self.block.size if span.end is None else span.end
-            if self._is_at_end(offset) and offset < (end or 0):
+            # The caller's thread may have left the rest of the block to others.
+            limit, end = self.limit(), self.block.size if span.end is None else span.end
+            if limit is not None and limit <= offset < (end or 0):
                 # The rest belongs to other parts, or lies beyond the block.
                 break
         else:
