@@ -3676,7 +3676,7 @@ NAMES += ["a\nb", "%s {0} %(x)d", " ", "~", "-", "a\x1b[31m", "..."]
 def test_names_of_all_kinds_work(server, tmp_path, name):
     path = os.path.join(str(tmp_path), name)
     url = complete(server, faults=[Fault(cut=DIED)])
-    assert call(url, "-O", path, "-M", "0").status == 75
+    assert call(url, "-O", path, "-M", "0", "-c", "1").status == 75
     assert len(os.listdir(str(tmp_path))) == 2
     del server.requests[:]
     result = call(url, "-O", path, "-v", "-c", "1")
