@@ -1447,7 +1447,7 @@ class _Proxies(urllib.request.ProxyHandler):
             text = "the proxy for %s cannot be used: %s; SOCKS is not supported"
             raise ProtocolError(text, type, problem)
         # A proxy is spoken to in plain http, also if its URL says https.
-        return super().proxy_open(req, proxy.rpartition("://")[2], type)
+        return super().proxy_open(req, proxy.rpartition("://")[2].rstrip("/"), type)
 
 
 def _proxies() -> Dict[str, str]:
@@ -1938,7 +1938,7 @@ def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
     if is_partial and not block.has_range:
         return _Span(0, length, length)
     is_same = said is not None and said[0] == block.base and wanted in (None, length)
-    if is_odd or (text is not None and (is_partial or not is_same)):
+    if is_odd or (text is not None and not is_same):
         raise _damaged(block, response, "not of the requested Range")
     if block.base == 0 and wanted is None and not is_partial:
         return _Span(0, length, length)
@@ -1984,7 +1984,7 @@ def _is_announced(block: _Block, reply: _Reply) -> bool:
     if not span.size or span.is_in_doubt:
         return False
     if not block.has_range:
-        return reply.ask.is_changed or reply.response.length is not None
+        return reply.response.length is not None
     if total is not None and not is_slice and reply.response.status == 206:
         return total >= block.base + (block.range_size or 0)
     return span.start <= 0 and (span.end or 0) >= (block.range_size or sys.maxsize)
@@ -2005,7 +2005,7 @@ class _Places:
 
     def __init__(self, transport: _Transport, most: int) -> None:
         self._transport = transport
-        self._limit = most
+        self.allowed = most
         self._used = 0
         # Counts reductions of the limit.
         self._reductions = 0
@@ -2017,25 +2017,17 @@ class _Places:
     def prefer(self, part: "_Part") -> None:
         self.due = part
 
-    def wait(self, part: "_Part") -> bool:
-        """Wait until a part may send a request; return whether it had to wait."""
-        has_waited = False
+    @contextlib.contextmanager
+    def hold(self, part: "_Part") -> Iterator[int]:
+        """Hold a place once there is one; gives the number of reductions until then."""
         with self._freed:
             is_due = part is self.due
-            while self._used >= self._limit or (self._is_due_waiting and not is_due):
-                has_waited = True
+            while self._used >= self.allowed or (self._is_due_waiting and not is_due):
                 self._is_due_waiting = self._is_due_waiting or is_due
                 self._freed.wait(_POLL)
                 self._transport.wait(0)
                 is_due = part is self.due
             self._is_due_waiting = self._is_due_waiting and not is_due
-        return has_waited
-
-    @contextlib.contextmanager
-    def hold(self, part: "_Part") -> Iterator[int]:
-        """Hold a place; gives the number of reductions before the request."""
-        with self._freed:
-            self.wait(part)
             self._used += 1
             number = self._reductions
         try:
@@ -2051,10 +2043,10 @@ class _Places:
         with self._freed:
             if number is not None and (number < self._reductions or self._used < 2):
                 return number < self._reductions
-            most = self._limit if number is None else self._used
-            self._limit = max(1, min(self._limit, most - 1))
-            self._reductions += 1
-            self._transport.limit(self._limit)
+            most = self.allowed if number is None else self._used
+            self._reductions += self.allowed > 1
+            self.allowed = max(1, min(self.allowed, most - 1))
+            self._transport.limit(self.allowed)
             return True
 
 
@@ -2316,8 +2308,9 @@ class _Part:
         if isinstance(error, _Contradiction):
             if not is_stale:
                 self._repeat_elsewhere(error, retry)
-        elif trouble.pop("crowded", 0) and self._made_way(error):
-            pass
+        elif trouble.pop("crowded", 0):
+            # The next request has to wait for one of the fewer places.
+            self._transfer.transport.wait(error._retry_after)
         elif status in _REFUSED_STATUS:
             if not is_stale:
                 self._descend(error, ask)
@@ -2350,15 +2343,6 @@ class _Part:
                 raise _ObjectChanged("%s: %s" % where)
             trouble["contradictions"] = 0
             self._pause(error, retry)
-
-    def _made_way(self, error: HtsgetException) -> bool:
-        """Wait for one of the fewer places; False if there was no need to wait."""
-        began = time.monotonic()
-        if not self._transfer.places.wait(self):
-            return False
-        passed = time.monotonic() - began
-        self._transfer.transport.wait(error._retry_after - passed)
-        return True
 
     def _descend(self, error: HtsgetException, ask: _Ask) -> None:
         """After a refusal: a renewed ticket, the ticket's own request, or the error."""
@@ -2470,9 +2454,8 @@ class _Clock:
 class _Pace:
     """The rate of one connection, and the size of a cut that is worth a request."""
 
-    def __init__(self, most: int) -> None:
-        self.cut = min(_FIRST_CUT, most)
-        self._most = most
+    def __init__(self) -> None:
+        self.cut = _FIRST_CUT
 
     def chunks(self, part: _Part, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on a part's chunks and measure the time that they take to arrive."""
@@ -2490,21 +2473,16 @@ class _Pace:
             before = time.monotonic()
         if part.position - start >= _SMALLEST_CUT and waited > 0:
             cut = (part.position - position) / waited * max(1.0, first_wait)
-            self.cut = min(max(int(cut), _SMALLEST_CUT), self._most)
+            self.cut = max(int(cut), _SMALLEST_CUT)
 
 
 class _Window:
     """Yields the data of a resumed part, if any, and of all blocks from `first` on."""
 
-    def __init__(
-        self, transfer: _Transfer, first: int, resumed: Optional[_Part]
-    ) -> None:
+    def __init__(self, transfer: _Transfer, first: int, part: Optional[_Part]) -> None:
         self._transfer = transfer
-        self._most = transfer.options.connections
-        # Slots hold this much each; a cut fits whole.
-        window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
-        self._share = window // (2 * self._most)
-        self._pace = _Pace(self._share)
+        self._most: int = transfer.options.connections
+        self._pace = _Pace()
         self._clock = _Clock()
         # Where the data begins that nobody has started to read: a block and an offset.
         self._place = first, 0
@@ -2512,7 +2490,7 @@ class _Window:
         self._changed = threading.Condition()
         self._slots: Deque[_Slot] = collections.deque()
         self._helpers: List[threading.Thread] = []
-        self._resumed = resumed
+        self._resumed = part
         # Since when the caller waits for the part that is due.
         self._waits_since: Optional[float] = None
         # The due part and the number of its request that was last relieved.
@@ -2539,19 +2517,25 @@ class _Window:
     def _read(self, part: _Part) -> Iterator[_Chunk]:
         self._transfer.places.prefer(part)
         with contextlib.closing(part.read()) as chunks:
-            while True:
-                self._waits_since = time.monotonic()
-                data = self._clock.next(chunks)
-                self._waits_since = None
-                if data is None:
-                    return
+            for data in chunks if self._most == 1 else self._watched(part, chunks):
                 yield part.block.index, part.position - len(data), data
-                if not self._helpers and self._most > 1 and self._clock.is_waiting():
-                    self._spread(part)
+
+    def _watched(self, part: _Part, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on the chunks of a part, and have helpers start once it mostly waits."""
+        measured = self._pace.chunks(part, chunks)
+        while True:
+            self._waits_since = time.monotonic()
+            data = self._clock.next(measured)
+            self._waits_since = None
+            if data is None:
+                return
+            yield data
+            if not self._helpers and self._most > 1 and self._clock.is_waiting():
+                self._spread(part)
 
     def _spread(self, part: _Part) -> None:
         """Have helpers read what follows the next cut of the caller's part or block."""
-        block, cut = part.block, part.position + self._pace.cut
+        block, cut = part.block, part.position + self._cut()
         # A healthy stream is not given up for a try.
         is_cheap = part.position - part.start <= _REREAD_LIMIT or block.object.is_proven
         is_long = block.size is not None and block.size - cut > _SMALLEST_CUT
@@ -2627,6 +2611,18 @@ class _Window:
             return False
         return time.monotonic() - max(since, idle_since) > _STARVED
 
+    def _most_slots(self) -> int:
+        """One for the part that is due, and two for each further request allowed."""
+        return 2 * self._transfer.places.allowed - 1
+
+    def _share(self) -> int:
+        """How many bytes a slot may hold."""
+        window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
+        return window // max(len(self._slots), self._most_slots())
+
+    def _cut(self) -> int:
+        return min(self._pace.cut, self._share())
+
     def _claim(self) -> Optional[_Part]:
         index, start = self._place
         if index >= len(self._transfer.blocks):
@@ -2637,7 +2633,7 @@ class _Window:
         return _Part(self._transfer, block, start, end)
 
     def _next_end(self, block: _Block, start: int) -> Optional[int]:
-        end = start + self._pace.cut
+        end = start + self._cut()
         is_worth_it = block.size is not None and block.size - end > _SMALLEST_CUT
         return end if self._helpers and is_worth_it and block.can_be_cut() else None
 
@@ -2669,7 +2665,7 @@ class _Window:
 
     def _open_slot(self) -> Optional[_Slot]:
         with self._changed:
-            while len(self._slots) >= 2 * self._most or self._is_trial_pending():
+            while len(self._slots) >= self._most_slots() or self._is_trial_pending():
                 self._pause()
             part = self._claim()
             if part is None:
@@ -2699,7 +2695,7 @@ class _Window:
         return True
 
     def _is_full(self, slot: _Slot) -> bool:
-        return slot.held >= self._share and not slot.part.is_complete()
+        return slot.held >= self._share() and not slot.part.is_complete()
 
 
 # ---- output and journal
@@ -2710,15 +2706,18 @@ class _Window:
 # name only when it is complete (promise 1), and what was fetched is kept (promise 2).
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Have the errors of a file that was opened here carry its path."""
-    try:
-        yield
-    except OSError as error:
-        if not path or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, path) from None
+class _Naming:
+    """Has the errors of a file that was opened here carry its path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._path and isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, self._path) from None
 
 
 class _Output:
@@ -2727,6 +2726,7 @@ class _Output:
     def __init__(self, stream: Any, path: str = "") -> None:
         self._stream = stream
         self._path = path
+        self._naming = _Naming(path)
         # What messages call it.
         self.name = os.path.basename(path or "output")
         # How many bytes of the last write got there.
@@ -2749,7 +2749,7 @@ class _Output:
 
     def write(self, data: bytes) -> None:
         self.taken = 0
-        with _naming(self._path):
+        with self._naming:
             while self.taken < len(data):
                 rest = data[self.taken :]
                 count = self._stream.write(rest)
@@ -2767,13 +2767,13 @@ class _Output:
         return 0
 
     def truncate(self, position: int) -> None:
-        with _naming(self._path):
+        with self._naming:
             self._stream.seek((self._start or 0) + position)
             self._stream.truncate()
 
     def commit(self, size: int) -> None:
         """The data is complete, `size` bytes: have it on the disk."""
-        with _naming(self._path):
+        with self._naming:
             if hasattr(self._stream, "flush"):
                 self._stream.flush()
             try:
@@ -2874,7 +2874,7 @@ class _PathOutput(_KeptFile):
         self._start = 0
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
-        with _naming(self.part):
+        with self._naming:
             self._stream.seek(start)
             while start < min(stop, self.size()):
                 data = self._stream.read(min(_CHUNK, stop - start))
@@ -2898,7 +2898,7 @@ class _PathOutput(_KeptFile):
         super().commit(size)
         self.require_in_place(size)
         self.journal.require_untouched()
-        with _naming(self.part):
+        with self._naming:
             # Some file systems rename no open file, or report a full quota only here.
             self._stream.close()
         try:
@@ -2946,7 +2946,8 @@ class _Journal(_KeptFile):
         self._part = part
         # Bytes that it has if no other process writes to it.
         self._size = self.size()
-        # Position and time (time.monotonic) of the last checkpoint.
+        # Where the last checkpoint resumes; position and time (time.monotonic) then.
+        self._resumable = 0
         self._last = 0, time.monotonic()
         try:
             fcntl.flock(self._stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3004,10 +3005,13 @@ class _Journal(_KeptFile):
         is_much = new >= _CHECKPOINT_BYTES or passed >= _CHECKPOINT_SECONDS
         return is_much and new > position >> _CHECKPOINT_SHIFT
 
-    def add(self, point: _Checkpoint) -> None:
-        """Add a checkpoint. It voids earlier ones at or beyond its position."""
-        self._last = point.position, time.monotonic()
-        self._append(point._asdict())
+    def add(self, point: _Checkpoint, position: int) -> None:
+        """Add a checkpoint at `position`, if it resumes further than the last one. It
+        voids earlier ones at or beyond its own position."""
+        self._last = position, time.monotonic()
+        if point.position > self._resumable:
+            self._resumable = point.position
+            self._append(point._asdict())
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         self.write(_line(entry))
@@ -3015,7 +3019,8 @@ class _Journal(_KeptFile):
 
     def discard(self) -> None:
         os.ftruncate(self._stream.fileno(), 0)
-        self._size, self._last = 0, (0, time.monotonic())
+        self._size = self._resumable = 0
+        self._last = 0, time.monotonic()
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -3292,8 +3297,8 @@ class _Delivery:
         self._crcs = 0, 0
         # Whether the sizes of all blocks before the one due were announced.
         self._is_announced = True
-        # The position of the last checkpoint, and the block that was due there.
-        self._noted = 0, 0
+        # The block that was due at the last checkpoint.
+        self._noted = 0
         self._total: Optional[int] = None
 
     def begin(self, is_resuming: bool) -> _Beginning:
@@ -3368,14 +3373,11 @@ class _Delivery:
     # Checkpoints.
 
     def _note(self, journal: _Journal) -> None:
-        """Add a checkpoint, if a later run could resume further than from the last."""
         index, offset = self._due
         if offset > 0 and self._blocks[index].size == offset:
             self._end_block()
-        point = self._checkpoint()
-        if point.position > self._noted[0]:
-            journal.add(point)
-            self._noted = point.position, self._due[0]
+        journal.add(self._checkpoint(), self.position)
+        self._noted = self._due[0]
 
     def _checkpoint(self) -> _Checkpoint:
         """Here, if the rest of the block can be requested; or the block's beginning."""
@@ -3388,12 +3390,10 @@ class _Delivery:
                 position, offset, size, crc = position - offset, 0, None, before
             else:
                 announced = announced and block.is_announced
-        recent = self._blocks[self._noted[1] : index + 1]
+        recent = self._blocks[self._noted : index + 1]
         objects = {block.object for block in recent if block.data is None}
-        records = {str(one.number): one.record() for one in objects}
-        return _Checkpoint(
-            index, offset, size, position, before, crc, announced, records
-        )
+        known = {str(one.number): one.record() for one in objects}
+        return _Checkpoint(index, offset, size, position, before, crc, announced, known)
 
     def _is_usable(self, point: _Checkpoint) -> bool:
         """Whether the ticket has such a place, and the same bytes from there on."""
@@ -3419,17 +3419,15 @@ class _Delivery:
         point, objects = points[-1], dict(points[0].objects)
         for earlier in points:
             objects.update(earlier.objects)
-        output.journal.add(point._replace(objects=objects))
+        output.journal.add(point._replace(objects=objects), point.position)
         output.truncate(point.position)
         for number, record in objects.items():
             self._blocks[int(number)].object.recall(record)
         self.position = self.resumed = point.position
-        self._due, self._crcs = (
-            (point.block, point.offset),
-            (point.crc_before, point.crc),
-        )
+        self._due = point.block, point.offset
+        self._crcs = point.crc_before, point.crc
         self._is_announced = point.announced
-        self._noted = point.position, point.block
+        self._noted = point.block
         text, words = "resuming %s at byte %d", {"always": True}
         _log.info(text, output.part, point.position, extra=words)
         if point.offset == 0:

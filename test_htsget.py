@@ -95,12 +95,12 @@ VCF_HEADER = b"##fileformat=VCFv4.3\n##contig=<ID=chr1>\n"
 VCF_HEADER += b"#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
 
 
-def bgzf(content, block=16384, eof=True):
+def bgzf(content, block=16384, eof=True, level=1):
     """Compress into BGZF blocks, with the EOF block at the end."""
     blocks = []
     for start in range(0, len(content), block):
         chunk = content[start : start + block]
-        deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
         body = deflate.compress(chunk) + deflate.flush()
         blocks.append(BGZF_EOF[:16] + struct.pack("<H", len(body) + 25) + body)
         blocks.append(struct.pack("<2I", zlib.crc32(chunk), len(chunk)))
@@ -194,20 +194,19 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
+    # A test that makes so many requests does not end by itself.
+    most_requests = None
 
     def __init__(self, tls=False, handler=None, port=0):
         super().__init__(("127.0.0.1", port), handler or Handler)
-        self.routes = {}
-        self.requests = []
+        self.routes, self.requests = {}, []
         # Connections so far, those open now, the most that were open at the same time.
-        self.connections = self.most_open = 0
-        self.open = set()
+        self.connections, self.open, self.most_open = 0, set(), 0
         # Bytes of bodies; responses of files being sent now, and the most.
         self.sent = self.active = self.most_active = 0
         # Seconds before each response but a ticket's.
         self.latency = 0
-        self.changed = threading.Condition()
-        self.ended = threading.Event()
+        self.changed, self.ended = threading.Condition(), threading.Event()
         self.tls = tls_context() if tls else None
         self.port = self.server_address[1]
         self.url = "%s://127.0.0.1:%d" % ("https" if tls else "http", self.port)
@@ -228,18 +227,14 @@ class Server(socketserver.ThreadingTCPServer):
         pass
 
     def at(self, path, route):
-        """Serve `route` (bytes, a File, a Fault or a function of the handler) at a
-        path; its URL."""
+        """Serve bytes, a File, a Fault or a function of the handler; its URL."""
         self.routes[path] = route
         return self.url + path
 
     def ticket(self, blocks, path="/reads/x", faults=(), **more):
-        """Serve a ticket, and return its URL.
-
-        blocks: a list of URLs, pairs of a URL and headers, or objects as in a ticket;
-        or a function of the number of times the ticket was served (0 first) that
-        returns such a list, or the whole "htsget" object.
-        """
+        """Serve a ticket; its URL. The blocks: URLs, pairs of a URL and headers, or
+        objects as in a ticket; or a function of the number of times that the ticket was
+        served (0 first) that returns such a list, or the whole "htsget" object."""
         numbers = itertools.count()
 
         def document():
@@ -252,8 +247,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def asked(self, path=None):
         """The requests so far, all or those for a path."""
-        with self.changed:
-            requests = list(self.requests)
+        requests = list(self.requests)
         return [r for r in requests if path in (None, r.path.partition("?")[0])]
 
     def ranges(self, path):
@@ -341,9 +335,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        request = Request(self.command, self.path, self.headers, self.body, self.number)
+        words = self.command, self.path, self.headers, self.body, self.number
+        self.asked = Request(*words)
         with self.server.changed:
-            self.server.requests.append(request)
+            self.server.requests.append(self.asked)
+            if len(self.server.requests) == self.server.most_requests:
+                os.kill(os.getpid(), signal.SIGALRM)
             self.server.changed.notify_all()
         route = self.server.routes.get(urllib.parse.urlsplit(self.path).path)
         if route is None:
@@ -403,10 +400,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.close_connection = True
         self.leave()
-        self.rfile.close()
-        self.wfile.close()
-        self.raw.close()
-        self.connection.close()
+        for each in (self.rfile, self.wfile, self.raw, self.connection):
+            each.close()
 
 
 class Fault:
@@ -474,10 +469,9 @@ class File:
         self.used, self.lock = collections.Counter(), threading.Lock()
 
     def __call__(self, handler):
-        request = Request(handler.command, handler.path, handler.headers, b"", 0)
-        fault = self.next_fault(request)
+        fault = self.next_fault(handler.asked)
         if fault is None:
-            fault = self.refusal if self.is_refused(request) else OK
+            fault = self.refusal if self.is_refused(handler.asked) else OK
         self.respond(handler, fault)
 
     def next_fault(self, request):
@@ -507,15 +501,13 @@ class File:
             handler.cut()
             return
         data = fault.get("data", self.data() if callable(self.data) else self.data)
-        etag = fault.get("etag", self.etag)
-        ranges = fault.get("ranges", self.ranges)
+        etag, ranges = fault.get("etag", self.etag), fault.get("ranges", self.ranges)
         if fault.get("then"):
             self.data, self.etag = fault.get("then")
         status, headers, body = self.right(handler.headers, data, etag, ranges)
         if fault.status is not None:
-            if fault.status >= 300:
-                headers = {}
-            status, body = fault.status, body if fault.status < 300 else b""
+            status = fault.status
+            headers, body = (headers, body) if status < 300 else ({}, b"")
         headers.update(fault.get("headers", {}))
         self.send(handler, fault, status, headers, fault.get("body", body))
 
@@ -543,14 +535,14 @@ class File:
         else:
             headers = dict(headers, Connection="close")
         handler.start(status, headers)
-        cut, stall, reset = fault.get("cut"), fault.get("stall"), fault.get("reset")
-        length = len(body)
-        if cut is not None or stall or reset:
-            self.send_body(handler, framing, body[: cut or 0])
+        stall, reset, length = fault.get("stall"), fault.get("reset"), len(body)
+        if fault.get("cut") is not None or stall or reset:
+            cut = fault.get("cut") or 0
+            self.send_body(handler, framing, body[:cut])
             if not stall or not wait_for(handler, stall):
                 (handler.reset if reset else handler.cut)()
                 return
-            body = body[cut or 0 :]
+            body = body[cut:]
         self.send_body(handler, framing, body)
         if framing == "chunked":
             handler.wfile.write(b"0\r\n\r\n")
@@ -580,10 +572,11 @@ def ticket_json(entries, **more):
     """A ticket's JSON; see Server.ticket."""
     if isinstance(entries, dict):
         return json.dumps({"htsget": entries}).encode()
-    pairs = [(entry,) if isinstance(entry, str) else entry for entry in entries]
-    urls = [
-        e if isinstance(e, dict) else dict(zip(("url", "headers"), e)) for e in pairs
-    ]
+    urls = []
+    for entry in entries:
+        pair = (entry,) if isinstance(entry, str) else entry
+        is_whole = isinstance(entry, dict)
+        urls.append(entry if is_whole else dict(zip(("url", "headers"), pair)))
     return json.dumps({"htsget": dict({"urls": urls}, **more)}).encode()
 
 
@@ -611,8 +604,8 @@ def sliced(url, size, count=4, make=closed):
 
 # ---- serve and demo
 
-# `data` is a whole file, of which `chunks` (first and last position
-# on chr1, first byte, end) follow the first `header` bytes.
+# `data` is a whole file, of which `chunks` (first and last position on chr1, first
+# byte, end) follow the first `header` bytes.
 Archive = collections.namedtuple("Archive", "format header chunks data")
 
 
@@ -665,9 +658,8 @@ class DemoServer(Server):
         with self.changed:
             self.used.update([number, "all"])
             is_cut = self.fail and self.used["all"] % self.fail == 0
-        if number and (
-            self.used[number] > 6 or "bytes=" + span != handler.headers["Range"]
-        ):
+        is_other = "bytes=" + span != handler.headers["Range"]
+        if number and (is_other or self.used[number] > 6):
             handler.reply(403, b"<Error><Code>AccessDenied</Code></Error>")
         else:
             file.respond(handler, Fault(cut=100000) if is_cut else OK)
@@ -694,8 +686,7 @@ class DemoServer(Server):
             raise Refusal(400, "UnsupportedFormat", "only %s here" % archive.format)
         ticket, header = {"format": archive.format}, (0, archive.header)
         end = (len(archive.data) - len(BGZF_EOF), len(archive.data))
-        regions = asked.get("regions") or [asked]
-        found = [self.find(archive, region) for region in regions]
+        found = [self.find(archive, r) for r in asked.get("regions") or [asked]]
         if name == "restricted":
             found = [self.find(archive, {"end": 500000})]
             ticket["allowed"] = [{"name": "chr1", "start": 0, "end": 500000}]
@@ -708,17 +699,12 @@ class DemoServer(Server):
             spans = [header, *sorted({span for part in found for span in part}), end]
         number, ticket["urls"] = next(self.issued), []
         for first, stop in spans:
-            url, signature = (
-                "%s/data/%s" % (self.url, endpoint),
-                (number, first, stop - 1),
-            )
-            entry = closed(url, first, stop)
+            entry = closed("%s/data/%s" % (self.url, endpoint), first, stop)
             if name == "s3":
-                entry = signed(url, first, stop, "%d-%d-%d" % signature)
-            entry = dict(zip(("url", "headers"), entry))
-            ticket["urls"].append(
-                dict(entry, **{"class": "body" if first else "header"})
-            )
+                signature = "%d-%d-%d" % (number, first, stop - 1)
+                entry = signed(entry[0], first, stop, signature)
+            words = *entry, "body" if first else "header"
+            ticket["urls"].append(dict(zip(("url", "headers", "class"), words)))
         return ticket
 
     def find(self, archive, region):
@@ -839,34 +825,29 @@ for number in (signal.SIGINT, getattr(signal, "SIGHUP", 1), signal.SIGTERM):
 
 
 @pytest.fixture(autouse=True)
-def watchdog():
-    """Fail a test that hangs, again and again until it ends; if nothing helps, end
-    the run."""
+def watchdog(monkeypatch):
+    """No setting of the machine's gets in a test's way. A test that hangs fails, again
+    and again until it ends; if nothing helps, the run ends."""
 
     def bark(*args):
         faulthandler.dump_traceback()
-        pytest.fail("still running after %d s" % PATIENCE)
+        pytest.fail("still running after %d s, or too many requests" % PATIENCE)
 
+    for name in filter(is_disturbing, list(os.environ)):
+        monkeypatch.delenv(name)
     faulthandler.dump_traceback_later(4 * PATIENCE, exit=True)
     if hasattr(signal, "setitimer"):
+        monkeypatch.setattr(Server, "most_requests", 2000)
         signal.signal(signal.SIGALRM, bark)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE, 5)
-        yield
+    yield
+    if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, 0)
-    else:
-        yield
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """No proxy, token or certificate setting of the machine's gets in the way."""
-    for name in list(os.environ):
-        if is_disturbing(name):
-            monkeypatch.delenv(name)
-
-
 def is_disturbing(name):
+    """Whether it is a proxy, token or certificate setting."""
     return name.lower().endswith("_proxy") or name.startswith(
         ("HTS_", "SSL_CERT", "SSLKEYLOG", "NETRC", "REQUESTS_CA", "CURL_CA", "PYTHON")
     )
@@ -919,20 +900,33 @@ def trusting():
     return ssl.create_default_context(cadata=TLS_CERTIFICATE)
 
 
+class Death(Exception):
+    """Raised by a progress function: the transfer ends here."""
+
+
+def dying_at(position, before=lambda: None):
+    """A progress function that ends the transfer; `before` is called just before."""
+
+    def progress(so_far, total):
+        if so_far >= position:
+            before()
+            raise Death
+
+    return progress
+
+
 class Pipe(io.RawIOBase):
     """An output that cannot be sought; `on_write` is called with it after a write."""
 
-    def __init__(self, on_write=None):
-        self.data = bytearray()
-        self.on_write = on_write
+    def __init__(self, on_write=lambda pipe: None):
+        self.data, self.on_write = bytearray(), on_write
 
     def writable(self):
         return True
 
     def write(self, data):
         self.data += data
-        if self.on_write:
-            self.on_write(self)
+        self.on_write(self)
         return len(data)
 
     def getvalue(self):
@@ -940,23 +934,22 @@ class Pipe(io.RawIOBase):
         return bytes(self.data)
 
 
-def fetch(source, kind="seekable", path=None, **options):
-    """What `htsget.get` delivers to an output of some kind. A path is a file of its
-    own, unless given; after an error nothing is there, after success nothing else."""
+def fetch(source, kind="seekable", **options):
+    """What `htsget.get` delivers to an output of some kind. After an error no file is
+    there, after success nothing else."""
     options = dict(QUICK, **options)
     if kind != "path":
         output = Pipe() if kind == "pipe" else io.BytesIO()
         htsget.get(source, output, **options)
         return output.getvalue()
     with tempfile.TemporaryDirectory() as folder:
-        path = path or os.path.join(folder, "out")
-        existed = os.path.exists(path)
+        path = os.path.join(folder, "out")
         try:
             htsget.get(source, path, **options)
         except BaseException:
-            assert existed or not os.path.exists(path), "a file after an error"
+            assert not os.path.exists(path), "a file after an error"
             raise
-        assert not [p for p in kept(path) if os.path.exists(p)]
+        assert os.listdir(folder) == ["out"]
         return contents(path)
 
 
@@ -1008,8 +1001,7 @@ def command(args, code=None):
 def child_env(env=None):
     """An environment in which nothing disturbs; variables of None are left out."""
     result = {k: v for k, v in os.environ.items() if not is_disturbing(k)}
-    result.update({"HOME": "/nonexistent", "LC_ALL": "C.UTF-8"})
-    result.update(env or {})
+    result.update({"HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}, **(env or {}))
     return {k: v for k, v in result.items() if v is not None}
 
 
@@ -1018,9 +1010,8 @@ def running(*args, code=None, env=None, **options):
     """The command line (or code) as a child process that does not outlive the test;
     its standard streams are pipes unless given."""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    options = dict(streams, **options)
-    words = command(args, code)
-    with subprocess.Popen(words, env=child_env(env), **options) as process:
+    options = dict(streams, env=child_env(env), **options)
+    with subprocess.Popen(command(args, code), **options) as process:
         try:
             yield process
         finally:
@@ -1044,9 +1035,7 @@ def run(*args, stdin=b"", timeout=25, **options):
         stdin, options["stdin"] = None, stdin
     with running(*args, **options) as process:
         out, err = process.communicate(stdin, timeout)
-    if err is not None:
-        err = err.decode("utf-8", "replace")
-    return Result(process.returncode, out, err)
+    return Result(process.returncode, out, (err or b"").decode("utf-8", "replace"))
 
 
 def call(*args):
@@ -1061,28 +1050,53 @@ def call(*args):
         return Result(status, files[0].read(), files[1].read().decode())
 
 
+def launch(words, **options):
+    """Run a command to its end."""
+    streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    options = dict(streams, stdin=subprocess.DEVNULL, **options)
+    done = subprocess.run(words, **dict({"env": child_env()}, **options))
+    return Result(done.returncode, done.stdout, done.stderr.decode())
+
+
+def at_once(test, rows):
+    """Call a test with each row, several at the same time, each with a server of its
+    own: these wait more than they work."""
+
+    def start(row):
+        with Server() as server:
+            test(server, row)
+
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        list(pool.map(start, rows))
+
+
+@contextlib.contextmanager
+def demo_site(**options):
+    """What `serve` serves, but small."""
+    args = argparse.Namespace(what="serve", port=0, token=None, rate=None, fail=0)
+    vars(args).update({"size": 0.02}, **options)
+    with DemoServer(args) as site:
+        yield site
+
+
 # ---- the ticket request
 
 MD5 = "0123456789abcdef0123456789ABCDEF"
 ONE = {"reference_name": "1"}
 
-# Options, and the query that they become.
 BAM_TOO = {"data_format": "BAM"}
 MANY = {"data_format": "bam", "fields": "qname", "tags": [], "notags": "OQ"}
 MANY["regions"] = iter([htsget.Region("1", 0, 1e1), ("2", "5"), ("*", None)])
 SENT_FROM_MANY = {"format": "BAM", "fields": ["QNAME"], "tags": [], "notags": ["OQ"]}
 SENT_FROM_MANY["regions"] = [
     {"referenceName": "1", "start": 0, "end": 10},
-    {"referenceName": "2", "start": 5},
-    {"referenceName": "*"},
-]
+    {"referenceName": "2", "start": 5}, {"referenceName": "*"},
+]  # fmt: skip
 
 # Options, and the query that they become.
 SENT = [
-    ({}, ""),
-    ({"fields": "QNAME,flag"}, "fields=QNAME,FLAG"),
-    ({"fields": ["SEQ", "QUAL"]}, "fields=SEQ,QUAL"),
-    ({"tags": "NM,MD"}, "tags=NM,MD"),
+    ({}, ""), ({"fields": "QNAME,flag"}, "fields=QNAME,FLAG"),
+    ({"fields": ["SEQ", "QUAL"]}, "fields=SEQ,QUAL"), ({"tags": "NM,MD"}, "tags=NM,MD"),
     ({"tags": []}, "tags="),
     ({"tags": iter(["NM"]), "notags": ("OQ",)}, "tags=NM&notags=OQ"),
     ({"reference_name": "*"}, "referenceName=*"),
@@ -1091,11 +1105,12 @@ SENT = [
     (dict(ONE, start="100", end=2e2), "referenceName=1&start=100&end=200"),
     ({"reference_md5": MD5, "start": 5}, "referenceMD5=%s&start=5" % MD5.lower()),
     ({"data_class": "header", "data_format": "VcF"}, "format=VCF&class=header"),
-]
+]  # fmt: skip
 
 
 # A URL, options, and what is requested.
-URLS = [("/reads/x", options, "/reads/x?" + query) for options, query in SENT] + [
+@pytest.mark.parametrize("given, options, sent", [
+    *(("/reads/x", options, "/reads/x?" + query) for options, query in SENT),
     ("/reads/a%2Fb%20c?a=1&a=2&e=&c=%2f", {}, "/reads/a%2Fb%20c?a=1&a=2&e=&c=%2f"),
     ("/reads/m \xfc", {}, "/reads/m%20%C3%BC"),
     ("/reads/x ", {}, "/reads/x"),
@@ -1106,10 +1121,7 @@ URLS = [("/reads/x", options, "/reads/x?" + query) for options, query in SENT] +
     ("/x?tags=NM&notags=OQ", {"tags": ""}, "/x?notags=OQ&tags="),
     ("/x?referenceName=2&class=body", ONE, "/x?class=body&referenceName=1"),
     ("/x?a=b&format=A", MANY, "/x?a=b"),
-]
-
-
-@pytest.mark.parametrize("given, options, sent", URLS)
+])  # fmt: skip
 def test_options_become_a_query_or_a_body(server, given, options, sent):
     path, _, query = sent.partition("?")
     url = (server.ticket([], path) + given).replace(path, "", 1)
@@ -1125,47 +1137,34 @@ def test_options_become_a_query_or_a_body(server, given, options, sent):
         assert request.body == b""
 
 
+WRONG_STARTS = "", "x", "1.5", 1.5, -1, float("inf"), float("nan"), "9" * 5000, [1]
+
+
 # Options, and what the RequestError names.
-WRONG_OPTIONS = [
-    ({"start": 1}, "reference_name"),
-    ({"reference_name": "*", "start": 1}, r"\*"),
+@pytest.mark.parametrize("options, words", [
+    ({"start": 1}, "reference_name"), ({"reference_name": "*", "start": 1}, r"\*"),
     ({"reference_name": ""}, "reference_name"),
     ({"reference_name": os.fsdecode(b"chr\xff")}, "reference_name"),
-    (dict(ONE, start=2, end=1), "start.* end"),
-    (dict(ONE, end=1 << 32), "end"),
-    ({"reference_md5": "xyz"}, "reference_md5"),
-    ({"fields": "QNAME,WRONG"}, "fields"),
-    ({"tags": [1]}, "tags"),
-    ({"tags": "NM", "notags": ["NM"]}, "tags.*NM"),
+    (dict(ONE, start=2, end=1), "start.* end"), (dict(ONE, end=1 << 32), "end"),
+    ({"reference_md5": "xyz"}, "reference_md5"), ({"fields": "QNAME,WRONG"}, "fields"),
+    ({"tags": [1]}, "tags"), ({"tags": "NM", "notags": ["NM"]}, "tags.*NM"),
     ({"data_class": "header"}, "data_format"),
     ({"data_class": "body", "data_format": "BAM"}, "data_class"),
-    ({"regions": []}, "regions"),
-    ({"regions": [("*", 1, 2)]}, r"\*"),
+    ({"regions": []}, "regions"), ({"regions": [("*", 1, 2)]}, r"\*"),
     ({"regions": [(os.fsdecode(b"\xff"),)]}, "region"),
     ({"regions": [("1",)], "reference_name": "1"}, "regions"),
     ({"regions": [("1",)], "start": 1}, "regions|start"),
     ({"bearer_token": ""}, "bearer_token"),
     ({"bearer_token": lambda: " "}, "bearer_token"),
     ({"bearer_token": "hush\r\nX: y"}, "bearer_token"),
-    ({"headers": {"X": "hush\nb"}}, "headers"),
-    ({"headers": {"X y": "a"}}, "headers"),
-    ({"timeout": 0}, "timeout"),
-    ({"connections": 0}, "connections"),
-    ({"max_retries": "x"}, "max_retries"),
-    ({"url": ""}, ""),
-    ({"url": None}, ""),
-    ({"url": "localhost:1/reads/x"}, "https://"),
-    ({"url": "http://"}, "host"),
-    ({"url": "http://h:x/reads/x"}, "port"),
-    ({"url": "http://h/a\nb"}, "control"),
+    ({"headers": {"X": "hush\nb"}}, "headers"), ({"headers": {"X y": "a"}}, "headers"),
+    ({"timeout": 0}, "timeout"), ({"connections": 0}, "connections"),
+    ({"max_retries": "x"}, "max_retries"), ({"url": ""}, ""), ({"url": None}, ""),
+    ({"url": "localhost:1/reads/x"}, "https://"), ({"url": "http://"}, "host"),
+    ({"url": "http://h:x/reads/x"}, "port"), ({"url": "http://h/a\nb"}, "control"),
     ({"url": "http://h%0d%0aX-Evil:%20y/reads/x"}, "host"),
-] + [
-    (dict(ONE, start=start), "start")
-    for start in ("", "x", "1.5", 1.5, -1, float("inf"), float("nan"), "9" * 5000, [1])
-]
-
-
-@pytest.mark.parametrize("options, words", WRONG_OPTIONS)
+    *((dict(ONE, start=start), "start") for start in WRONG_STARTS),
+])  # fmt: skip
 def test_a_wrong_option_is_refused_before_anything_is_sent(server, options, words):
     url = server.ticket([])
     with pytest.raises(htsget.RequestError, match="(?i)" + words) as caught:
@@ -1196,26 +1195,17 @@ def test_request_options_do_not_go_with_a_ticket():
 
 
 # samtools' notation, and the region or what the error says.
-REGIONS = [
-    ("chr1", ("chr1", None, None)),
-    ("*", ("*", None, None)),
-    ("chr1:100", ("chr1", 99, None)),
-    ("chr1:-200", ("chr1", None, 200)),
-    ("chr1:1,000-2,000", ("chr1", 999, 2000)),
-    ("chr1:5-5", ("chr1", 4, 5)),
+@pytest.mark.parametrize("text, expected", [
+    ("chr1", ("chr1", None, None)), ("*", ("*", None, None)),
+    ("chr1:100", ("chr1", 99, None)), ("chr1:-200", ("chr1", None, 200)),
+    ("chr1:1,000-2,000", ("chr1", 999, 2000)), ("chr1:5-5", ("chr1", 4, 5)),
     ("{HLA:A*01:01}:1-5", ("HLA:A*01:01", 0, 5)),
     ("{HLA:A*01:01}", ("HLA:A*01:01", None, None)),
     ("HLA:A*01:01:7-8", ("HLA:A*01:01", 6, 8)),
-    ("HLA-A*01:01:01:01", ("HLA-A*01:01:01", 0, None)),
-    ("", "region"),
-    ("chr1:0-5", "chr1"),
-    ("chr1:5-4", "chr1"),
-    ("chr1\t100\t200", "chr1"),
+    ("HLA-A*01:01:01:01", ("HLA-A*01:01:01", 0, None)), ("", "region"),
+    ("chr1:0-5", "chr1"), ("chr1:5-4", "chr1"), ("chr1\t100\t200", "chr1"),
     ("chr1:%s-2" % ("9" * 5000), "chr1"),
-]
-
-
-@pytest.mark.parametrize("text, expected", REGIONS)
+])  # fmt: skip
 def test_regions_are_read_as_samtools_does(caplog, text, expected):
     if isinstance(expected, tuple):
         assert htsget.parse_region(text) == htsget.Region(*expected)
@@ -1250,30 +1240,24 @@ def test_headers_stay_at_the_origin_of_the_ticket(server):
             assert request.headers["Accept-Encoding"] == "identity"
 
 
-NETRC = "machine 127.0.0.1 login me password pw\nmachine localhost login a password b\n"
+@pytest.fixture
+def netrc(tmp_path, monkeypatch):
+    path = tmp_path / "netrc"
+    text = "machine 127.0.0.1 login me password pw\n"
+    path.write_text(text + "machine localhost login a password b\n")
+    monkeypatch.setenv("NETRC", str(path))
+    return path
 
 
 # User-info, options, and the Authorization that is sent: .netrc is consulted last.
-AUTHORIZATIONS = [
-    ("", {}, "Basic bWU6cHc="),
-    ("me:p%40ss@", {}, "Basic bWU6cEBzcw=="),
+@pytest.mark.parametrize("userinfo, options, sent", [
+    ("", {}, "Basic bWU6cHc="), ("me:p%40ss@", {}, "Basic bWU6cEBzcw=="),
     ("me:p@", {"bearer_token": "t"}, "Bearer t"),
     ("", {"bearer_token": "Bearer t"}, "Bearer t"),
     ("", {"bearer_token": lambda: " bEARER t\n"}, "Bearer t"),
     ("", {"headers": {"aUTHORIZATION": "own"}}, "own"),
     ("", {"headers": {"authorization": "own"}, "bearer_token": "t"}, "Bearer t"),
-]
-
-
-@pytest.fixture
-def netrc(tmp_path, monkeypatch):
-    path = tmp_path / "netrc"
-    path.write_text(NETRC)
-    monkeypatch.setenv("NETRC", str(path))
-    return path
-
-
-@pytest.mark.parametrize("userinfo, options, sent", AUTHORIZATIONS)
+])  # fmt: skip
 def test_one_authorization_is_sent(server, netrc, caplog, userinfo, options, sent):
     url = server.ticket([]).replace("//", "//" + userinfo)
     htsget.get_ticket(url, **options)
@@ -1350,28 +1334,23 @@ def test_no_token_of_a_ticket_is_sent_in_clear(server, monkeypatch, is_redirecte
 
 BLOCK = htsget.DataBlock
 MD5_OF_X = hashlib.md5(b"x").hexdigest()
+URLS_1 = [{"url": "http://h/p?q", "headers": {"Range": "bytes=0-1"}}]
+URLS_2 = [{"url": "data:,a", "class": "header", "headers": None}]
+URLS_2 += [{"url": "data:,b", "urlClass": "body", "x": {}}]
+BLOCKS_1 = [BLOCK("http://h/p?q", {"Range": "bytes=0-1"}, None)]
+BLOCKS_2 = [BLOCK("data:,a", {}, "header"), BLOCK("data:,b", {}, "body")]
+
 
 # A ticket's "htsget" object, and the Ticket.
-URLS_1 = '"urls": [{"url": "http://h/p?q", "headers": {"Range": "bytes=0-1"}}]'
-URLS_2 = '"urls": [{"url": "data:,a", "class": "header", "headers": null}, {"url": '
-URLS_2 += '"data:,b", "urlClass": "body", "x": {}}]'
-BLOCK_1 = BLOCK("http://h/p?q", {"Range": "bytes=0-1"}, None)
-BLOCKS_2 = [BLOCK("data:,a", {}, "header"), BLOCK("data:,b", {}, "body")]
-TICKETS = [
-    ('{"urls": []}', htsget.Ticket(None, [], None)),
-    (
-        '{"format": "bam", "md5": "%s", %s}' % (MD5_OF_X, URLS_1),
-        htsget.Ticket("BAM", [BLOCK_1], MD5_OF_X),
-    ),
-    ('{"format": null, "x": [1], %s}' % URLS_2, htsget.Ticket(None, BLOCKS_2)),
-]
-
-
-@pytest.mark.parametrize("document, expected", TICKETS)
+@pytest.mark.parametrize("document, expected", [
+    ({"urls": []}, (None, [], None)),
+    ({"format": "bam", "md5": MD5_OF_X, "urls": URLS_1}, ("BAM", BLOCKS_1, MD5_OF_X)),
+    ({"format": None, "x": [1], "urls": URLS_2}, (None, BLOCKS_2, None)),
+])  # fmt: skip
 def test_a_ticket_is_read(server, document, expected):
     for text in ('{"htsget": %s}', '\ufeff \n{"a": 1, "htsget": %s, "b": []}'):
-        url = server.at("/t", (text % document).encode())
-        assert list(htsget.get_ticket(url)) == list(expected)
+        url = server.at("/t", (text % json.dumps(document)).encode())
+        assert list(htsget.get_ticket(url)) == list(htsget.Ticket(*expected))
 
 
 def entry(url="http://h/", **more):
@@ -1380,57 +1359,34 @@ def entry(url="http://h/", **more):
 
 # What is no ticket: JSON, or a document that becomes JSON.
 BROKEN_TICKETS = [
-    "",
-    "[]",
-    "{",
-    '{"u": "hush-1',
-    '["hush-1"]',
+    "", "[]", "{", '{"u": "hush-1', '["hush-1"]',
     '{"htsget": {"urls": [], "x": "\\ud800", "y": ' + "9" * 100000 + "}",
-    b'{"u": "hush-1\xff"}',
-    "[" * 200000,
-    '{"a":' * 200000,
-    {"htsget": 1},
-    {"htsget": {}},
-    {"htsget": {"urls": [], "format": 1}},
+    b'{"u": "hush-1\xff"}', "[" * 200000, '{"a":' * 200000, {"htsget": 1},
+    {"htsget": {}}, {"htsget": {"urls": [], "format": 1}},
     {"htsget": {"urls": [], "md5": "xyz"}},
-    {"htsget": {"error": "NotFound", "message": "gone"}},
-    entry(1),
-    entry("data:,", **{"class": 1}),
-    entry(headers={"A": 1}),
-    entry(headers={"A": "hush-1\r\nB: y"}),
-    entry(headers={"A b": "hush-1"}),
-    entry(headers={"A": "hush-1\u20ac"}),
-    entry(headers={"Range": "bytes=5-4"}),
-    entry(headers={"Range": "bytes=-5"}),
-    entry(headers={"Range": "bytes=0-1,4-5"}),
-    entry("file:///etc/passwd"),
-    entry("/etc/passwd"),
-    entry("http://h/a b?hush-1"),
-    entry("http://u:hush-1@h/\u0001"),
-    entry("http://h%0d%0aX-Evil:%20yes/"),
-    entry("http://[::1/"),
-    entry("data:;base64"),
-    entry("data:;base64,a$b="),
+    {"htsget": {"error": "NotFound", "message": "gone"}}, entry(1),
+    entry("data:,", **{"class": 1}), entry(headers={"A": 1}),
+    entry(headers={"A": "hush-1\r\nB: y"}), entry(headers={"A b": "hush-1"}),
+    entry(headers={"A": "hush-1\u20ac"}), entry(headers={"Range": "bytes=5-4"}),
+    entry(headers={"Range": "bytes=-5"}), entry(headers={"Range": "bytes=0-1,4-5"}),
+    entry("file:///etc/passwd"), entry("/etc/passwd"), entry("http://h/a b?hush-1"),
+    entry("http://u:hush-1@h/\u0001"), entry("http://h%0d%0aX-Evil:%20yes/"),
+    entry("http://[::1/"), entry("data:;base64"), entry("data:;base64,a$b="),
     entry("data:;base64,hush-1"),
-]
+]  # fmt: skip
 
 
 # What came instead of a ticket, and what the error says.
-INSTEAD = [
-    (make_bam(10), "BAM file.*curl"),
-    (b"BAM\1" + bytes(50), "BAM file.*curl"),
-    (make_cram(100), "CRAM file.*curl"),
-    (make_bcf(10), "BCF file.*curl"),
-    (make_vcf(9), "VCF file.*curl"),
-    (bgzf(make_vcf(9)), "VCF file.*curl"),
+@pytest.mark.parametrize("body, words", [
+    (make_bam(10), "BAM file.*curl"), (b"BAM\1" + bytes(50), "BAM file.*curl"),
+    (make_cram(100), "CRAM file.*curl"), (make_bcf(10), "BCF file.*curl"),
+    (make_vcf(9), "VCF file.*curl"), (bgzf(make_vcf(9)), "VCF file.*curl"),
     (gzip.compress(make_vcf(9)), "VCF file.*curl"),
     (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "web page"),
     (b"\xef\xbb\xbf\r\n <HTML lang=en>\n<body>hello</body>", "web page"),
     (b'<?xml version="1.0"?>\n<Error><Code>Denied</Code></Error>', "Denied"),
-] + [(broken, "") for broken in BROKEN_TICKETS]
-
-
-@pytest.mark.parametrize("body, words", INSTEAD, ids=range(len(INSTEAD)))
+    *((broken, "") for broken in BROKEN_TICKETS),
+], ids=itertools.count())  # fmt: skip
 def test_a_broken_ticket_is_one_short_protocol_error(server, body, words):
     if not isinstance(body, bytes):
         body = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -1441,8 +1397,9 @@ def test_a_broken_ticket_is_one_short_protocol_error(server, body, words):
     assert len(server.requests) == 1
 
 
-# The beginning of an endless body, and the most MiB that are read of it.
-ENDLESS_BODIES = [(make_bam(10), 0, 20), (b'{"x": "', 64, 100)]
+# The beginning of an endless body, and how many MiB of it are sent (the server counts
+# a chunk after it was sent, so perhaps not the last one).
+ENDLESS_BODIES = [(make_bam(10), 0, 20), (b'{"x": "', 63, 100)]
 
 
 @pytest.mark.parametrize("start, least, most", ENDLESS_BODIES, ids=["BAM", "JSON"])
@@ -1459,28 +1416,15 @@ def test_an_endless_body_is_given_up(server, start, least, most):
 
 
 # A data URI, and its content (None: a ProtocolError).
-DATA_URIS = [
-    ("data:,abc", b"abc"),
-    ("data:,a%20%FFb", b"a \xffb"),
-    ("data:text/plain;charset=utf-8,a+b", b"a+b"),
-    ("data:;base64,YWJj", b"abc"),
-    ("DATA:application/octet-stream;BASE64,YWJj", b"abc"),
-    ("data:base64,YWJj", b"abc"),
-    ("data:,", b""),
-    ("data:;base64,_-8=", None),
-    ("data:;base64,YWJ", None),
-]
-
-
-@pytest.mark.parametrize("uri, content", DATA_URIS)
+@pytest.mark.parametrize("uri, content", [
+    ("data:,abc", b"abc"), ("data:,a%20%FFb", b"a \xffb"),
+    ("data:text/plain;charset=utf-8,a+b", b"a+b"), ("data:;base64,YWJj", b"abc"),
+    ("DATA:application/octet-stream;BASE64,YWJj", b"abc"), ("data:base64,YWJj", b"abc"),
+    ("data:,", b""), ("data:;base64,_-8=", None), ("data:;base64,YWJ", None),
+])  # fmt: skip
 def test_inline_data(server, uri, content):
     url = server.ticket([uri, data_uri(b"|")])
     check(htsget.ProtocolError if content is None else content + b"|", url)
-
-
-def test_the_fragment_of_a_blocks_url_is_not_sent(server):
-    check(b"x", server.ticket([server.at("/b", b"x") + "?a#b"]), verify=False)
-    assert server.requests[1].path == "/b?a"
 
 
 def test_a_ticket_shows_no_secrets():
@@ -1491,13 +1435,14 @@ def test_a_ticket_shows_no_secrets():
 
 
 def test_a_ticket_of_the_callers_is_checked_too(server):
-    good = BLOCK(server.at("/b", b"x"))
+    good = BLOCK(server.at("/b", b"x") + "?a#fragment")
     wrong = [BLOCK("file:///etc/passwd"), BLOCK("data:;base64,?")]
     wrong += [BLOCK("http://h/", h) for h in ({"A": "x\r\ny"}, {"Range": "bytes=-5"})]
     for block in wrong:
         check(htsget.HtsgetException, htsget.Ticket(None, [good, block], None))
     assert server.requests == []
     check(b"x", htsget.Ticket(None, [good], None))
+    assert server.requests[0].path == "/b?a"
 
 
 @pytest.mark.parametrize("status", [400, 404, 451, 501])
@@ -1513,8 +1458,9 @@ def test_a_refusal_is_a_client_error_with_type_and_message(server, status):
 
 ERROR_PAGE = b"<html><head>%s</head><body>\r\n<center><h1>403 Stop</h1></center></body>"
 
+
 # The body of an error, and what of it is shown.
-ERROR_BODIES = [
+@pytest.mark.parametrize("body, shown", [
     (b"plain text", "plain text"),
     (b'{"message": "of another kind"}', "of another kind"),
     (b'{"detail": "no such sample"}', "no such sample"),
@@ -1527,12 +1473,8 @@ ERROR_BODIES = [
     (b"<Error><Code>Denied</Code><Message>Too late</Message></Error>", "Too late"),
     (b'{"htsget": [1]}', "HTTP"),
     (b'{"htsget": {"urls": [{"url": "http://h/?hush', "HTTP"),
-    (b"\xff\x00\x1b[31m", "HTTP"),
-    (b"", "HTTP"),
-]
-
-
-@pytest.mark.parametrize("body, shown", ERROR_BODIES, ids=range(len(ERROR_BODIES)))
+    (b"\xff\x00\x1b[31m", "HTTP"), (b"", "HTTP"),
+], ids=itertools.count())  # fmt: skip
 def test_the_words_of_an_error_body_are_shown(server, body, shown):
     for status in (404, 503):
         url = server.at("/t", Fault(status, body=body))
@@ -1544,57 +1486,35 @@ def test_the_words_of_an_error_body_are_shown(server, body, shown):
 
 HEADER_BLOCK = {"url": data_uri(b"x"), "class": "header"}
 BODY_BLOCK = dict(HEADER_BLOCK, **{"class": "body"})
-
-# Blocks, options, and whether there is a warning that only a header came.
-HEADERS = [
-    ([HEADER_BLOCK, HEADER_BLOCK], {}, True),
-    ([HEADER_BLOCK], {"reference_name": "1"}, True),
-    ([HEADER_BLOCK], {"data_class": "header", "data_format": "BAM"}, False),
-    ([HEADER_BLOCK, BODY_BLOCK], {}, False),
-    ([data_uri(b"x")], {}, False),
-]
-
-
-@pytest.mark.parametrize("blocks, options, is_warned", HEADERS)
-def test_only_header_blocks_are_a_warning(server, caplog, blocks, options, is_warned):
-    check(b"x" * len(blocks), server.ticket(blocks), verify=False, **options)
-    messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert ["header" in message for message in messages] == [True] * is_warned
-
-
-# What a login may see, and what is said of it.
+LIST = [{"name": "chr1", "start": 10, "end": 20}, {"name": "2"}]
 SEEN = {"referenceName": "1", "format": "BAM", "start": 10, "end": 20}
-ALLOWED = {
-    "a list": (
-        [{"name": "chr1", "start": 10, "end": 20}, {"name": "2"}],
-        "chr1:11-20, 2",
-    ),
-    "rules": (
-        [{"location": {}, "rules": [SEEN, dict(SEEN, end=None)]}],
-        "1:11-20, 1:11-",
-    ),
-    "another value": ({"a": ["\n\x1b"]}, '{"a":["\\n\\u001b"]}'),
-    "much": (["x" * 1000], '["x'),
-    "nothing": ([], None),
-}
+RULES = [{"location": {}, "rules": [SEEN, dict(SEEN, end=None)]}]
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_what_the_server_left_out_is_a_warning(server, caplog, name):
-    allowed, words = ALLOWED[name]
-    check(b"x", server.ticket([data_uri(b"x")], allowed=allowed), verify=False)
+# Blocks, options, what this login may see, and the words of a warning.
+@pytest.mark.parametrize("blocks, options, allowed, words", [
+    ([HEADER_BLOCK] * 2, {}, [], "header"),
+    ([HEADER_BLOCK], {"reference_name": "1"}, [], "header"),
+    ([HEADER_BLOCK], {"data_class": "header", "data_format": "BAM"}, [], ""),
+    ([HEADER_BLOCK, BODY_BLOCK], {}, [], ""), ([data_uri(b"x")], {}, [], ""),
+    ([data_uri(b"x")], {}, LIST, "see only chr1:11-20, 2"),
+    ([data_uri(b"x")], {}, RULES, "see only 1:11-20, 1:11-"),
+    ([data_uri(b"x")], {}, {"a": ["\n\x1b"]}, 'see only {"a":["\\n\\u001b"]}'),
+    ([data_uri(b"x")], {}, ["x" * 1000], 'see only ["x'),
+])  # fmt: skip
+def test_what_is_left_out_is_a_warning(server, caplog, blocks, options, allowed, words):
+    url = server.ticket(blocks, allowed=allowed)
+    check(b"x" * len(blocks), url, verify=False, **options)
     messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(messages) == (words is not None)
-    for message in messages:
-        assert "see only %s" % words in message
-        assert len(message) < 400 and message.isprintable()
+    assert [words in message for message in messages] == [True] * bool(words)
+    assert all(len(m) < 400 and m.isprintable() for m in messages)
 
 
 def test_a_mutated_ticket_is_a_ticket_or_a_protocol_error(server):
     inline = {"url": data_uri(b"abc"), "class": "header", "headers": {"A": "b"}}
     blocks = [closed("http://h:80/p?q=1", 10, 20), inline]
     right, rng = ticket_json(blocks, format="BAM", md5=MD5_OF_X), random.Random(5)
-    for _ in range(300):
+    for _ in range(200):
         raw = bytearray(right)
         for _ in range(rng.randint(1, 4)):
             start = rng.randrange(len(raw))
@@ -1610,13 +1530,13 @@ def test_a_mutated_ticket_is_a_ticket_or_a_protocol_error(server):
 # ---- retry policy
 
 
+TRANSIENT = [408, 429, 500, 502, 503, 504, 520, 522, 524, 529]
+
+
 @pytest.mark.parametrize("place", ["ticket", "block"])
-@pytest.mark.parametrize(
-    "status, is_retried",
-    [(status, True) for status in (408, 429, 500, 502, 503, 504, 520, 522, 524, 529)]
-    + [(status, False) for status in (402, 405, 406, 409, 418, 451, 501, 505)],
-)
-def test_statuses_that_pass_are_retried(server, status, is_retried, place):
+@pytest.mark.parametrize("status", [*TRANSIENT, 402, 405, 406, 409, 418, 451, 501, 505])
+def test_statuses_that_pass_are_retried(server, status, place):
+    is_retried = status in TRANSIENT
     expected = htsget.RetryableIOError if is_retried else htsget.ClientError
     source = spoiled(server, place, [Fault(status, times=None)])
     error = check(expected, source, "path", max_retries=2)
@@ -1633,17 +1553,24 @@ def test_statuses_that_pass_are_retried(server, status, is_retried, place):
     (Fault(stall=True), htsget.RetryableIOError),
     (Fault(wait=True), htsget.RetryableIOError), (Fault(503), htsget.RetryableIOError),
 ], ids=["cut", "reset", "closed", "garbage", "stalled", "silent", "503"])  # fmt: skip
-@pytest.mark.parametrize("place", ["ticket", "block"])
-def test_a_failure_that_passes(server, fault, error, place):
+def test_a_failure_that_passes(fault, error):
     """It costs a retry, and with none left it is raised."""
     timeout = 0.15 if fault.get("stall") or fault.get("wait") else 5
-    for times, retries, expected in [(1, 3, b"abcdefg"), (2, 1, error)]:
-        source = spoiled(server, place, [fault] * times, b"abcdefg")
-        check(expected, source, max_retries=retries, timeout=timeout)
+
+    def one(place, times, retries, expected):
+        with Server() as server:
+            source = spoiled(server, place, [fault] * times, b"abcdefg")
+            check(expected, source, max_retries=retries, timeout=timeout)
+
+    places = ["ticket", "block"] * 2
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        # At the same time, as some cases wait.
+        rows = (1, 1, 2, 2), (3, 3, 1, 1), (b"abcdefg", b"abcdefg", error, error)
+        list(pool.map(one, places, *rows))
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-@pytest.mark.parametrize("size, is_progress", [(65536, True), (60000, False)])
+@pytest.mark.parametrize("size, is_progress", [(65536, True), (30000, False)])
 def test_64_kib_of_new_bytes_are_progress(server, size, is_progress, framing):
     data = pattern(10 * size)
     file = File(data, framing=framing, faults=[Fault(cut=size, times=9)])
@@ -1673,63 +1600,43 @@ def test_without_a_limit(server, retries):
 
 
 def test_waits_are_doubled_and_bounded(server, caplog):
-    """As the messages say."""
-    caplog.set_level("WARNING", "htsget")
-    source = spoiled(server, "ticket", [Fault(503, times=3)])
-    check(b"abc", source, retry_wait=0.1, max_retries=3)
+    times = []
+    fault = Fault(503, times=3, run=lambda handler: times.append(time.monotonic()))
+    last = Fault(200, run=fault.get("run"))
+    check(b"abc", spoiled(server, "ticket", [fault, last]), retry_wait=0.05)
     waits = [float(text) for text in re.findall(r"in ([\d.]+) s", caplog.text)]
-    assert len(waits) == 3
-    for number, wait in enumerate(waits):
-        assert 0.05 * 2**number <= wait <= 0.15 * 2**number
+    passed = [after - before for before, after in zip(times, times[1:])]
+    assert len(waits) == len(passed) == 3
+    for number in range(3):
+        # The messages have one digit after the point.
+        assert waits[number] <= 0.06 * 2**number + 0.05
+        assert passed[number] >= 0.049 * 2**number
 
 
-EPOCH, LATER = (email.utils.formatdate(t, usegmt=True) for t in (1e9, 1e9 + 1))
+EPOCH, LATER = (email.utils.formatdate(t, usegmt=True) for t in (1e9, 1e9 + 50))
 
 
-@pytest.mark.parametrize(
-    "value, date, at_least",
-    [
-        ("1", None, 1), ("0", None, 0), ("-5", None, 0), ("nonsense", None, 0),
-        ("", None, 0), ("1.5", None, 0), (EPOCH, EPOCH, 0), ("Garbage, 99", EPOCH, 0),
-        # By the server's clock: it may be wrong, and so may be this machine's.
-        (LATER, EPOCH, 0.9),
-    ],
-)  # fmt: skip
-def test_retry_after_is_waited_for(server, value, date, at_least):
-    headers = {"Retry-After": value, "Date": date}
-    source = spoiled(server, "ticket", [Fault(503, headers=headers)])
-    before = time.monotonic()
-    check(b"abc", source)
-    assert time.monotonic() - before >= at_least
-
-
-def test_a_wait_ends_when_the_stream_is_closed(server):
-    source = spoiled(server, "block", [Fault(503, headers={"Retry-After": "3000"})])
-    stream, failed = htsget.open(source, **QUICK), []
-
-    def read():
-        try:
-            stream.read()
-        except Exception as error:
-            failed.append(error)
-
-    reader = in_background(read)
-    server.wait_until(lambda s: s.asked("/b"))
-    stream.close()
-    reader.join(10)
-    assert failed
-
-
-def test_an_outage_of_every_kind_in_a_row(server):
-    """Each request fails in another way, and nothing that came is fetched again."""
-    data, again = pattern(500000), {"Retry-After": "0"}
-    faults = [Fault(cut=100000), Fault(503), Fault(raw=b"")]
-    faults += [Fault(cut=70000, reset=True), Fault(429, headers=again), Fault(cut=0)]
-    file = File(data, '"1"', faults=faults)
-    url = server.ticket([closed(server.at("/b", file), 0, len(data))])
-    check(data, url, "pipe", max_retries=4)
-    # But for what the reset may have taken with it.
-    assert server.sent <= len(data) + 70000
+@pytest.mark.parametrize("value, date, seconds", [
+    ("40", None, 40), ("0", None, 0), ("-5", None, 0), ("nonsense", None, 0),
+    ("", None, 0), ("1.5", None, 0), (EPOCH, EPOCH, 0), ("Garbage, 99", EPOCH, 0),
+    # By the server's clock: it may be wrong, and so may be this machine's.
+    (LATER, EPOCH, 50),
+])  # fmt: skip
+def test_retry_after_is_waited_for(server, caplog, value, date, seconds):
+    """A wait ends when the stream is closed."""
+    fault = Fault(503, headers={"Retry-After": value, "Date": date})
+    stream = htsget.open(spoiled(server, "block", [fault]), **QUICK)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, stream:
+        result = pool.submit(stream.read)
+        while "trying again" not in caplog.text:
+            time.sleep(0.002)
+        assert "in %d.0 s" % seconds in caplog.text
+        if seconds == 0:
+            assert result.result() == b"abc"
+            return
+        time.sleep(0.05)
+        assert len(server.requests) == 1
+    assert result.exception()
 
 
 # ---- transport
@@ -1759,21 +1666,17 @@ def close_silently(handler):
 
 
 @pytest.mark.parametrize("options, count", [
-    ({}, 1),
-    # The server says that it closes each connection, or does not.
-    ({"framing": "close"}, 6), ({"framing": "HTTP/1.0"}, 6),
+    ({}, 1), ({"framing": "close"}, 6), ({"framing": "HTTP/1.0"}, 6),
     ({"faults": [Fault(run=close_silently, times=None)]}, 6),
 ])  # fmt: skip
 def test_a_connection_is_used_as_long_as_it_lives(server, options, count):
-    """And replaced for free where it does not."""
+    """And replaced for free where it does not, whether or not the server says so."""
     ticket = server.ticket(sliced(server.at("/b", File(BODY, **options)), len(BODY), 6))
     check(BODY, ticket, connections=1, max_retries=0)
     assert server.connections == count
 
 
 def test_a_connection_that_dies_under_a_request_is_replaced_for_free(server):
-    """The server's end of an idle connection crosses with the next request."""
-
     def die(handler):
         if sum(r.connection == handler.number for r in server.requests) > 1:
             handler.reset()
@@ -1800,22 +1703,26 @@ def test_bytes_on_an_idle_connection_belong_to_no_block(server, when):
     assert output.getvalue() == b"abcabc"
 
 
+def test_no_socket_is_left_open(server):
+    """After success and after an error; Python warns of those that are."""
+    url = server.ticket([server.at("/b", b"abc"), data_uri(b"d")])
+    code = """
+import contextlib, gc, htsget, io, warnings
+warnings.simplefilter("always")
+gc.collect()
+for url in sys.argv[1:]:
+    with contextlib.suppress(htsget.ClientError):
+        htsget.get(url, io.BytesIO())
+    gc.collect()
+"""
+    assert run(url, server.url + "/none", code=code) == (0, b"", "")
+
+
 def test_a_timeout_is_retried_on_a_new_connection(server):
     file = File(BODY, faults=[Fault(wait=True), Fault(cut=9, stall=True)])
-    check(BODY, server.ticket([server.at("/b", file)]), timeout=0.3, connections=1)
+    check(BODY, server.ticket([server.at("/b", file)]), timeout=0.15, connections=1)
     connections = [request.connection for request in server.asked("/b")]
     assert len(set(connections)) == len(connections) >= 3
-
-
-def nobody():
-    """An address at which nobody listens."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return "127.0.0.1:%d" % unused.getsockname()[1]
-
-
-def test_nobody_listens():
-    check(htsget.RetryableIOError, "http://%s/reads/x" % nobody(), max_retries=1)
 
 
 def test_a_host_that_does_not_exist_is_not_retried(server, lookups):
@@ -1845,7 +1752,9 @@ def in_raw(text):
 
 
 LENGTH, CHUNKED = "200 OK\nContent-Length: ", "200 OK\nTransfer-Encoding: chunked\n"
-BROKEN = [
+
+
+@pytest.mark.parametrize("text", [
     "", "garbage\n\n", "200", "2", "abc OK\n\n", "100 Continue\n\n" * 1000,
     LENGTH + "x\n\nabc", LENGTH + "-5\n\nabc", LENGTH + "3, 4\n\nabc",
     LENGTH + "3\nContent-Length: 4\n\nabc", LENGTH + "9" * 5000 + "\n\nabc",
@@ -1857,52 +1766,48 @@ BROKEN = [
     CHUNKED + "\n-5\nabc\n", CHUNKED + "\n3\nabc\n",
     "302 Found\nContent-Length: 0\n\n", "304 Not Modified\n\n",
     "205 Reset Content\nContent-Length: 0\n\n", "204 No Content\n\n",
-]  # fmt: skip
-ODD = [
-    "100 Continue\n\nHTTP/1.1 " + LENGTH + "3\n\nabc",
-    "103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 P\n\nHTTP/1.1 " + LENGTH + "3\n\nabc",
-    LENGTH + "3\nContent-Length: 3\n\nabc", "HTTP/1.0 " + LENGTH + "3\n\nabc",
-    "200\nContent-Length: 3\n\nabc", CHUNKED + "\n3\nabc\n0\n",
-    b"HTTP/1.1 200 OK\nContent-Length: 3\n\nabc",
-    CHUNKED + "\n3;ext=1\nabc\n0\nTrailer: x\n\n",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", BROKEN, ids=lambda text: repr(text[:60]))
+], ids=lambda text: repr(text[:60]))  # fmt: skip
 @pytest.mark.parametrize("place", ["ticket", "block"])
 def test_a_broken_response_is_an_error(server, text, place):
     url = spoiled(server, place, [Fault(raw=in_raw(text), times=None)])
     assert len(str(check(htsget.HtsgetException, url, "path", max_retries=1))) < 500
 
 
-@pytest.mark.parametrize("text", ODD, ids=repr)
+@pytest.mark.parametrize("text", [
+    "100 Continue\n\nHTTP/1.1 " + LENGTH + "3\n\nabc",
+    "103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 P\n\nHTTP/1.1 " + LENGTH + "3\n\nabc",
+    LENGTH + "3\nContent-Length: 3\n\nabc", "HTTP/1.0 " + LENGTH + "3\n\nabc",
+    "200\nContent-Length: 3\n\nabc", CHUNKED + "\n3\nabc\n0\n",
+    b"HTTP/1.1 200 OK\nContent-Length: 3\n\nabc",
+    CHUNKED + "\n3;ext=1\nabc\n0\nTrailer: x\n\n",
+], ids=repr)  # fmt: skip
 def test_an_odd_response_is_right_all_the_same(server, text):
     raw = text if isinstance(text, bytes) else in_raw(text)
     check(b"abc", server.ticket([server.at("/b", Fault(raw=raw))]), max_retries=0)
 
 
-@pytest.mark.parametrize("is_tls", [False, True])
-@pytest.mark.parametrize(
-    "framing, how",
-    [("length", "end"), ("length", "reset"), ("chunked", "end"), ("chunked", "reset"),
-     # TLS without close_notify is no end.
-     ("close", "end")],
-)  # fmt: skip
-def test_a_body_that_is_cut_short(server, tls_server, trusting, framing, how, is_tls):
-    at, context = (tls_server if is_tls else server), {"ssl_context": trusting}
+@pytest.mark.parametrize("framing, reset, is_tls", [
+    ("length", False, False), ("length", False, True), ("length", True, False),
+    ("length", True, True), ("chunked", False, False), ("chunked", False, True),
+    ("chunked", True, False), ("chunked", True, True),
+    # TLS without close_notify is no end.
+    ("close", False, True),
+])  # fmt: skip
+def test_a_body_that_is_cut_short(server, tls_server, trusting, framing, reset, is_tls):
+    errors = (htsget.ContentLengthMismatch, htsget.RetryableError)
+    at = tls_server if is_tls else server
     for cut in (0, 100, len(BODY) - 1):
-        fault = Fault(cut=cut, reset=how == "reset", times=None)
+        fault = Fault(cut=cut, reset=reset, times=None)
         url = at.ticket([at.at("/b", File(BODY, framing=framing, faults=[fault]))])
-        is_counted = framing != "close" and how == "end" and not is_tls
-        expected = htsget.ContentLengthMismatch if is_counted else htsget.RetryableError
-        if framing != "close" or is_tls:
-            check(expected, url, "path", max_retries=0, **context)
+        check(errors[reset or is_tls], url, "path", max_retries=0, ssl_context=trusting)
 
 
 # -- what is no data
 
 PAGE = b"<!DOCTYPE html><html><head><title>Maintenance</title></head></html>"
-DOCUMENTS = [
+
+
+@pytest.mark.parametrize("label, body, words", [
     # Label, body, words of the error if it is an error document.
     ("text/html", PAGE, "page|document"),
     ("text/html; charset=utf-8", b"\n <HTML><p>Sign in</HTML>", "page|document"),
@@ -1919,10 +1824,7 @@ DOCUMENTS = [
     ("application/json", b'{"a": "\x01\x02"}', None),
     ("text/xml", b"<1", None),
     (None, b"<Error>", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("label, body, words", DOCUMENTS)
+])  # fmt: skip
 def test_an_error_document_is_no_data(server, label, body, words):
     for framing in ("length", "chunked"):
         file = File(body, framing=framing, headers={"Content-Type": label})
@@ -1963,44 +1865,37 @@ def test_a_server_of_htsget_1_0_finds_the_request_acceptable(server, options):
     check(b"abc", server.at("/t", route), **options)
 
 
-@pytest.mark.parametrize(
-    "coding, framing",
-    [("gzip", "length"), ("x-gzip", "chunked"), ("GZIP", "close"), (None, "length")],
-)
-def test_a_ticket_compressed_unasked_is_inflated(server, coding, framing):
-    body, headers = gzip.compress(INLINE), {"Content-Encoding": coding}
-    url = server.at("/t", File(body, framing=framing, headers=headers))
-    check(b"abc", url)
-    assert server.requests[0].headers["Accept-Encoding"] == "identity"
-
-
 def bomb():
     """Some 300 MiB that begin like a ticket, compressed."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, 31)
     body = deflate.compress(b'{"x": "') + deflate.flush(zlib.Z_FULL_FLUSH)
     # After a full flush the same input gives the same output.
-    return body + 300 * (
-        deflate.compress(b"x" * MIB) + deflate.flush(zlib.Z_FULL_FLUSH)
-    )
+    again = deflate.compress(b"x" * MIB) + deflate.flush(zlib.Z_FULL_FLUSH)
+    return body + 300 * again
 
 
-@pytest.mark.parametrize("make, expected", [
-    (lambda: gzip.compress(INLINE)[:-12], htsget.HtsgetException),
-    (lambda: b"\x1f\x8b" + BODY[:50], htsget.HtsgetException),
-    (bomb, (htsget.ProtocolError, "too (large|long|big)|limit")),
+@pytest.mark.parametrize("coding, framing, make, expected", [
+    ("gzip", "length", lambda: gzip.compress(INLINE), b"abc"),
+    ("x-gzip", "chunked", lambda: gzip.compress(INLINE), b"abc"),
+    ("GZIP", "close", lambda: gzip.compress(INLINE), b"abc"),
+    (None, "length", lambda: gzip.compress(INLINE), b"abc"),
+    ("gzip", "length", lambda: gzip.compress(INLINE)[:-12], htsget.HtsgetException),
+    ("gzip", "length", lambda: b"\x1f\x8b" + BODY[:50], htsget.HtsgetException),
+    ("gzip", "length", bomb, (htsget.ProtocolError, "too (large|long|big)|limit")),
 ])  # fmt: skip
-def test_a_ticket_that_cannot_be_inflated_is_an_error(server, make, expected):
-    url = server.at("/t", File(make(), headers={"Content-Encoding": "gzip"}))
-    check(expected, url, max_retries=1)
-    assert len(server.requests) <= 2
+def test_a_ticket_compressed_unasked(server, coding, framing, make, expected):
+    file = File(make(), framing=framing, headers={"Content-Encoding": coding})
+    check(expected, server.at("/t", file), max_retries=1)
+    assert server.requests[0].headers["Accept-Encoding"] == "identity"
+    assert len(server.requests) <= (1 if expected == b"abc" else 2)
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close", "HTTP/1.0"])
-@pytest.mark.parametrize("cut", [5, 40])
-def test_a_ticket_that_is_cut_short_is_requested_again(server, framing, cut):
-    file = File(INLINE, framing=framing, faults=[Fault(cut=cut)])
-    check(b"abc", server.at("/t", file), max_retries=1)
-    assert len(server.requests) == 2
+def test_a_ticket_that_is_cut_short_is_requested_again(server, framing):
+    for count, cut in enumerate([5, 40], 1):
+        file = File(INLINE, framing=framing, faults=[Fault(cut=cut)])
+        check(b"abc", server.at("/t", file), max_retries=1)
+        assert len(server.requests) == 2 * count
 
 
 # -- redirects
@@ -2018,16 +1913,11 @@ def test_a_redirected_ticket_request(server, other_server, status, regions):
         assert request.headers["X-Y"] == ("z" if at is server else None)
 
 
-@pytest.mark.parametrize(
-    "location, path",
-    [
-        ("/t", "/t"), ("t", "/reads/t"), ("//127.0.0.1:{port}/t", "/t"),
-        ("?a=1", "/reads/x"), ("/a b\u00e9%20", "/a%20b%C3%A9%20"), ("/t#part", "/t"),
-        # What is not http.
-        ("file:///etc/passwd", None), ("ftp://127.0.0.1/x", None), ("data:,x", None),
-        ("x:y", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("location, path", [
+    ("/t", "/t"), ("t", "/reads/t"), ("//127.0.0.1:{port}/t", "/t"), ("/t#part", "/t"),
+    ("?a=1", "/reads/x"), ("/a b\u00e9%20", "/a%20b%C3%A9%20"), ("x:y", None),
+    ("file:///etc/passwd", None), ("ftp://127.0.0.1/x", None), ("data:,x", None),
+])  # fmt: skip
 def test_where_a_location_leads(server, location, path):
     first = redirect_to(location.replace("{port}", str(server.port)))
     url = server.at("/reads/x", File(INLINE, faults=[first]))
@@ -2041,10 +1931,7 @@ def test_where_a_location_leads(server, location, path):
 
 
 def test_redirects_are_bounded_and_their_absence_is_shown(server):
-    def onward(handler):
-        redirect_to("/b?%d" % len(server.requests))(handler)
-
-    server.at("/b", onward)
+    server.at("/b", lambda h: redirect_to("/b?%d" % len(server.requests))(h))
     check(htsget.HtsgetException, server.ticket([server.url + "/b"]))
     assert 10 <= len(server.asked("/b")) <= 12
     server.at("/c", Fault(302, body=b"the archive has moved"))
@@ -2053,7 +1940,6 @@ def test_redirects_are_bounded_and_their_absence_is_shown(server):
 
 
 def test_a_blocks_headers_follow_its_redirects(server, other_server):
-    """As the specification has it."""
     other_server.at("/b", File(BODY))
     server.at("/b", redirect_to(other_server.url + "/b"))
     headers = {"Range": "bytes=5-9", "Authorization": "Bearer b", "X-Block": "1"}
@@ -2075,16 +1961,13 @@ def test_another_origin_that_refuses_a_blocks_login(server, other_server, status
     assert len(server.asked("/reads/x")) == 1
 
 
-@pytest.mark.parametrize("headers", [{"Authorization": "Bearer b"}, {"X-Secret": "s"}])
-def test_a_blocks_headers_never_go_from_https_to_http(
-    tls_server, server, trusting, headers
-):
-    server.at("/b", b"abc")
-    tls_server.at("/b", redirect_to(server.url + "/b"))
-    url = tls_server.ticket([(tls_server.url + "/b", headers)])
-    check(htsget.HtsgetException, url, ssl_context=trusting)
+def test_a_blocks_headers_never_go_from_https_to_http(tls_server, server, trusting):
+    url = tls_server.at("/b", redirect_to(server.at("/b", b"abc")))
+    for headers in ({"Authorization": "Bearer b"}, {"X-Secret": "s"}):
+        ticket = tls_server.ticket([(url, headers)])
+        check(htsget.HtsgetException, ticket, ssl_context=trusting)
     assert server.requests == []
-    check(b"abc", tls_server.ticket([tls_server.url + "/b"]), ssl_context=trusting)
+    check(b"abc", tls_server.ticket([url]), ssl_context=trusting)
 
 
 def test_a_redirected_block_is_resumed(server, other_server):
@@ -2104,12 +1987,12 @@ def test_cookies_live_as_long_as_a_transfer(server):
     assert sent == [None, "node=7"] * 2
 
 
-@pytest.mark.parametrize("agent", [None, "pipeline/7"])
-def test_the_user_agent_goes_with_every_request(server, agent):
-    headers = {"user-agent": agent} if agent else None
-    check(b"abc", server.ticket([server.at("/b", b"abc")]), headers=headers)
+def test_the_user_agent_goes_with_every_request(server):
+    ticket = server.ticket([server.at("/b", b"abc")])
+    for headers in (None, {"user-agent": "pipeline/7"}):
+        check(b"abc", ticket, headers=headers)
     sent = [request.headers.get_all("User-Agent") for request in server.requests]
-    assert sent == [[agent or "htsget.py/" + htsget.__version__]] * 2
+    assert sent == [["htsget.py/" + htsget.__version__]] * 2 + [["pipeline/7"]] * 2
 
 
 # -- proxies
@@ -2172,22 +2055,27 @@ def test_a_proxy_that_refuses(proxy, tls_server, trusting, status, scheme):
     proxy.refusal = status
     url = tls_server.url if scheme == "https" else "http://localhost:1"
     error = check(htsget.ClientError, url + "/reads/x", ssl_context=trusting)
-    assert error.status == status
-    assert "proxy" in str(error)
-    assert "pw" not in str(error)
-    assert len(proxy.requests) == 1
+    assert (error.status, len(proxy.requests)) == (status, 1)
+    assert "proxy" in str(error) and "pw" not in str(error)
 
 
-def test_a_proxy_that_does_not_exist_is_named(monkeypatch):
-    address = nobody()
-    monkeypatch.setenv("http_proxy", "http://me:pw@" + address)
-    expected = (htsget.RetryableError, "through the proxy " + address)
+def test_nobody_listens(monkeypatch):
+    """An error that a rerun may overcome; a proxy is named."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % unused.getsockname()[1]
+    check(htsget.RetryableIOError, "http://%s/reads/x" % address, max_retries=1)
+    monkeypatch.setenv("http_proxy", "http://me:pw@%s/" % address)
+    expected = (htsget.RetryableError, r"through the proxy %s\)" % address)
     check(expected, "http://localhost:1/reads/x", max_retries=0)
 
 
-@pytest.mark.parametrize(
-    "no_proxy, host, is_direct",
-    [
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_what_goes_through_a_proxy(proxy, server, monkeypatch, lookups, variable):
+    """All that no_proxy does not name; all_proxy is for schemes without one."""
+    monkeypatch.delenv("http_proxy")
+    monkeypatch.setenv(variable, proxy.url.replace("//", "//me:pw@"))
+    for no_proxy, host, is_direct in [
         ("127.0.0.1", "127.0.0.1", True), ("127.0.0.0/8", "127.0.0.1", True),
         ("10.0.0.0/8, 127.0.0.0/30", "127.0.0.1", True),
         ("10.0.0.0/8", "127.0.0.1", False), ("*", "127.0.0.1", True),
@@ -2195,34 +2083,24 @@ def test_a_proxy_that_does_not_exist_is_named(monkeypatch):
         ("*.invalid", "name.invalid", True), ("*.NAME.invalid", "a.name.invalid", True),
         ("ame.invalid", "name.invalid", False), ("b.invalid", "name.invalid", False),
         ("", "127.0.0.1", False),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
-def test_what_goes_through_a_proxy(
-    proxy, server, monkeypatch, lookups, no_proxy, host, is_direct, variable
-):
-    """All that no_proxy does not name; all_proxy is for schemes without one."""
-    monkeypatch.delenv("http_proxy")
-    monkeypatch.setenv(variable, proxy.url.replace("//", "//me:pw@"))
-    monkeypatch.setenv("no_proxy", no_proxy)
-    url = server.at("/reads/x", INLINE).replace("127.0.0.1", host)
-    check(b"abc" if is_direct else b"via proxy", url)
-    assert [request.path for request in proxy.requests] == [url] * (not is_direct)
+    ]:  # fmt: skip
+        monkeypatch.setenv("no_proxy", no_proxy)
+        url = server.at("/reads/x", INLINE).replace("127.0.0.1", host)
+        assert fetch(url) == (b"abc" if is_direct else b"via proxy"), no_proxy
+        assert [r.path for r in proxy.requests] == [url] * (not is_direct)
+        del proxy.requests[:]
 
 
-@pytest.mark.parametrize("scheme", ["socks4", "socks5", "socks5h"])
-def test_a_socks_proxy_is_refused_by_name(monkeypatch, scheme):
-    monkeypatch.setenv("all_proxy", scheme + "://127.0.0.1:1")
-    check((htsget.HtsgetException, "SOCKS"), "http://localhost:1/reads/x")
+def test_a_socks_proxy_is_refused_by_name(monkeypatch):
+    for scheme in ("socks4", "socks5", "socks5h"):
+        monkeypatch.setenv("all_proxy", scheme + "://127.0.0.1:1")
+        check((htsget.HtsgetException, "SOCKS"), "http://localhost:1/reads/x")
 
 
 # -- TLS
 
 
-@pytest.mark.parametrize(
-    "name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
-)
-def test_what_certificates_are_trusted(tls_server, bundle, monkeypatch, name):
+def test_what_certificates_are_trusted(tls_server, bundle, monkeypatch):
     """And ALPN: some gateways drop a client without, or prefer h2."""
     offered = []
     tls_server.tls.set_alpn_protocols(["h2", "http/1.1"])
@@ -2232,12 +2110,14 @@ def test_what_certificates_are_trusted(tls_server, bundle, monkeypatch, name):
         handler.reply(200, INLINE)
 
     url = tls_server.at("/reads/x", note)
-    monkeypatch.setenv(name, bundle)
-    check(b"abc", url)
-    monkeypatch.delenv(name)
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.setenv(name, bundle)
+        check(b"abc", url)
+        monkeypatch.delenv(name)
     check(htsget.ProtocolError, url)
-    assert call(url, "-O", "-", "--cacert", bundle)[:2] == (0, b"abc")
-    assert offered == ["http/1.1"] * 2
+    url = url.replace("https:", "htsget:")
+    assert call(url, "-O", "-", "--cacert", bundle) == (0, b"abc", "")
+    assert offered == ["http/1.1"] * 4
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -2245,11 +2125,10 @@ def test_folders_of_certificates(tls_server, tmp_path, bundle, monkeypatch):
     """SSL_CERT_DIR may name several, as OpenSSL has it."""
     words = ["openssl", "x509", "-noout", "-hash", "-in", bundle]
     hashed = subprocess.check_output(words).decode().strip() + ".0"
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    shutil.copy(bundle, str(folders[1] / hashed))
-    monkeypatch.setenv("SSL_CERT_DIR", os.pathsep.join(map(str, folders)))
+    (tmp_path / "empty").mkdir()
+    shutil.copy(bundle, str(tmp_path / hashed))
+    folders = [str(tmp_path / "empty"), str(tmp_path)]
+    monkeypatch.setenv("SSL_CERT_DIR", os.pathsep.join(folders))
     check(b"abc", tls_server.ticket([data_uri(b"abc")]))
 
 
@@ -2262,24 +2141,20 @@ def test_a_key_log_that_cannot_be_written(tls_server, tmp_path, bundle, monkeypa
         assert "SSLKEYLOGFILE" in done.stderr
 
 
-@pytest.mark.parametrize("problem", ["untrusted", "old", "plain", "name"])
-def test_what_tls_refuses_is_not_retried(
-    server, tls_server, trusting, lookups, problem
-):
-    url = {
-        "name": tls_server.url.replace("127.0.0.1", "name.invalid"),
-        "plain": server.url.replace("http:", "https:"),
-    }.get(problem, tls_server.url)
-    words = {"untrusted": "--cacert", "name": "certificate"}.get(problem, "TLS")
-    context = None if problem == "untrusted" else trusting
-    if problem == "old":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            old = ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
-            tls_server.tls.options |= old
-            tls_server.tls.set_ciphers("ALL:@SECLEVEL=0")
-    check((htsget.ProtocolError, words), url + "/reads/x", ssl_context=context)
-    assert tls_server.connections + server.connections == 1
+def test_what_tls_refuses_is_not_retried(server, tls_server, trusting, lookups):
+    def refused(words, url, context=trusting):
+        check((htsget.ProtocolError, words), url + "/reads/x", ssl_context=context)
+
+    refused("--cacert", tls_server.url, None)
+    refused("certificate", tls_server.url.replace("127.0.0.1", "name.invalid"))
+    refused("TLS", server.url.replace("http:", "https:"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
+        tls_server.tls.options |= old
+        tls_server.tls.set_ciphers("ALL:@SECLEVEL=0")
+    refused("TLS", tls_server.url)
+    assert (tls_server.connections, server.connections) == (3, 1)
 
 
 # ---- blocks and parts
@@ -2292,27 +2167,21 @@ OWN = "bytes=1000-200999"
 SLICE = OLD[1000:201000]
 
 # An error of the server's, whichever; where the whole transfer would have to begin
-# again and cannot; two ways of serving something else than the Range.
+# again and cannot; where a Range is ignored.
 ERROR = htsget.HtsgetException
 CHANGED = htsget.RetryableError
 IGNORES = (htsget.ProtocolError, "ignores the Range header")
 
-# Where it matters whether what was delivered can be taken back.
+# Whether what was delivered can be taken back.
 BOTH = pytest.mark.parametrize("kind", ["seekable", "pipe"])
 
 
-def is_changed(request):
-    """Whether a request is for something else than the ticket's own Range."""
-    return request.range != OWN
-
-
-def spoil(status=None, content_range=None, body=None, **changes):
+def spoil(status=None, content_range=None, body=None, headers=(), **changes):
     """What is wrong with a response, for `Fault`; an empty Content-Range is none."""
     if content_range is not None:
-        headers = {"Content-Range": content_range or None}
-        changes["headers"] = dict(headers, **changes.get("headers", {}))
-    if body is not None:
-        changes["body"] = body
+        headers = dict(headers, **{"Content-Range": content_range or None})
+    changes.update({"headers": dict(headers)} if headers else {})
+    changes.update({} if body is None else {"body": body})
     return dict(changes, status=status)
 
 
@@ -2326,25 +2195,20 @@ def one_block(server, wanted, file, **more):
 
 
 MULTIPART = {"Content-Type": "multipart/byteranges; boundary=x"}
-WHOLE_200 = spoil(ranges=False)
+WHOLE_200, IN_CHUNKS = spoil(ranges=False), {"framing": "chunked"}
 SHORT, EARLIER = "bytes 1000-100999/300000", "bytes 0-199999/300000"
 
 # Range; how a response is spoiled; the result if it is spoiled once and no retry is
-# allowed; the result if all such responses are spoiled, where that is another. A
-# response that is right although it looks odd never leads to a second request.
+# allowed; the result if all such responses are spoiled, where that is another.
 OWN_RESPONSES = {
     "right": (OWN, {}, SLICE),
-    "chunks": (OWN, spoil(framing="chunked"), SLICE),
+    "chunks": (OWN, spoil(**IN_CHUNKS), SLICE),
     "aligned": (OWN, spoil(206, "bytes 0-262143/300000", OLD[:262144]), SLICE),
-    "aligned, chunks": (
-        OWN, spoil(206, EARLIER, OLD[9:200009], framing="chunked"), ERROR,
-    ),
+    "aligned, chunks": (OWN, spoil(206, EARLIER, OLD[9:200009], **IN_CHUNKS), ERROR),
     "total unknown": (OWN, spoil(206, "bytes 1000-200999/*"), SLICE),
     "total of the slice": (OWN, spoil(206, "bytes 1000-200999/200000"), SLICE),
     "ends early": (OWN, spoil(206, SHORT, OLD[1000:101000]), SLICE),
-    "ends early, chunks": (
-        OWN, spoil(206, SHORT, OLD[1000:101000], framing="chunked"), SLICE,
-    ),
+    "early end, chunks": (OWN, spoil(206, SHORT, OLD[1000:101000], **IN_CHUNKS), SLICE),
     "no Content-Range": (OWN, spoil(206, ""), SLICE),
     "no Content-Range, another length": (OWN, spoil(206, "", OLD[1000:99999]), ERROR),
     "200 with the slice": (OWN, spoil(200, ""), SLICE),
@@ -2353,15 +2217,13 @@ OWN_RESPONSES = {
     "200 with the whole file": (OWN, WHOLE_200, SLICE, IGNORES),
     "200 with less": (OWN, spoil(200, "", OLD[1000:99999]), SLICE, IGNORES),
     "200 with nothing": (OWN, spoil(200, "", b""), SLICE, IGNORES),
-    "200, whole file in chunks": (OWN, spoil(ranges=False, framing="chunked"), ERROR),
-    "200, slice in chunks": (OWN, spoil(200, "", framing="chunked"), SLICE),
-    "206, slice in chunks": (OWN, spoil(206, "", framing="chunked"), SLICE),
-    "200, less in chunks": (OWN, spoil(200, "", OLD[9:9999], framing="chunked"), ERROR),
+    "200, whole file in chunks": (OWN, spoil(ranges=False, **IN_CHUNKS), ERROR),
+    "200, slice in chunks": (OWN, spoil(200, "", **IN_CHUNKS), SLICE),
+    "206, slice in chunks": (OWN, spoil(206, "", **IN_CHUNKS), SLICE),
+    "200, less in chunks": (OWN, spoil(200, "", OLD[9:9999], **IN_CHUNKS), ERROR),
     "200, slice without framing": (OWN, spoil(200, "", framing="close"), ERROR),
     "starts earlier": (OWN, spoil(206, EARLIER, OLD[:200000]), ERROR),
-    "starts later": (
-        OWN, spoil(206, "bytes 2000-200999/300000", OLD[2000:201000]), ERROR,
-    ),
+    "later": (OWN, spoil(206, "bytes 2000-200999/300000", OLD[2000:201000]), ERROR),
     "counted from the slice": (OWN, spoil(206, "bytes 0-199999/200000"), ERROR),
     "another unit": (OWN, spoil(206, "items 1000-200999/300000"), ERROR),
     "no total": (OWN, spoil(206, "bytes 1000-200999"), ERROR),
@@ -2378,15 +2240,16 @@ OWN_RESPONSES = {
     # An open Range.
     "open": ("bytes=1000-", {}, OLD[1000:]),
     "open, whole file": ("bytes=1000-", WHOLE_200, OLD[1000:], IGNORES),
+    "open, 200 with the slice": (
+        "bytes=1000-", spoil(200, "", OLD[1000:]), OLD[1000:], IGNORES,
+    ),
     "open, total unknown": ("bytes=0-", spoil(206, "bytes 0-299999/*"), OLD, ERROR),
     "open from 0, 200": ("bytes=0-", WHOLE_200, OLD),
-    "open from 0, 200 in chunks": (
-        "bytes=0-", spoil(ranges=False, framing="chunked"), OLD,
-    ),
+    "open from 0, 200 in chunks": ("bytes=0-", spoil(ranges=False, **IN_CHUNKS), OLD),
     "open, ends early": ("bytes=0-", spoil(206, "bytes 0-999/300000", OLD[:1000]), OLD),
     # No Range: a 206 is the block, whatever it says.
     "no Range": (None, {}, OLD),
-    "no Range, chunks": (None, spoil(framing="chunked"), OLD),
+    "no Range, chunks": (None, spoil(**IN_CHUNKS), OLD),
     "no Range, 206": (None, spoil(206), OLD),
     "no Range, 206 with a Content-Range": (None, spoil(206, "bytes 5-9/10"), OLD),
     "no Range, no length": (None, spoil(framing="close"), OLD),
@@ -2417,18 +2280,36 @@ def test_a_response_to_the_tickets_own_request(server, name):
 @BOTH
 @pytest.mark.parametrize("framing", ["chunked", "close"])
 @pytest.mark.parametrize("stop", [100000, 200000, 300000])
-def test_bytes_in_doubt_are_not_complete_because_their_number_fits(
-    server, framing, stop, kind
-):
+def test_bytes_in_doubt_whose_number_fits(server, framing, stop, kind):
     """The whole file instead of the slice, cut: also just where the slice would end."""
-    doubtful = Fault(200, headers={"Content-Range": None}, body=OLD[:stop],
-                     framing=framing, cut=stop)  # fmt: skip
+    doubtful = Fault(**spoil(200, "", OLD[:stop], framing=framing, cut=stop))
     ticket = one_block(server, OWN, File(OLD, etag='"E"', faults=[doubtful] * 2))
-    # Where something was delivered to a pipe, it cannot be taken back.
     try:
         check(SLICE, ticket, kind)
     except htsget.HtsgetException:
+        # Where something was delivered to a pipe, it cannot be taken back.
         assert kind == "pipe" or framing != "chunked" or stop == 300000
+
+
+def test_a_response_in_doubt_announces_no_size(server):
+    """A missing end marker is an error then, which says what may be the matter."""
+    data = make_bam(400)[:-28]
+    file = File(data, ranges=False, framing="chunked")
+    ticket = one_block(server, "bytes=0-%d" % (len(data) - 1), file, format="BAM")
+    check((htsget.IntegrityError, "ignores the Range header"), ticket)
+
+
+# An ETag vouches for what was delivered; a changed Range has worked.
+@pytest.mark.parametrize("faults, count", [
+    ([Fault(cut=50000), Fault(501)], 1), ([Fault(cut=50000), None], 2),
+])  # fmt: skip
+@pytest.mark.parametrize("body", [OLD, SLICE])
+def test_a_response_in_doubt_where_others_would_be_certain(server, faults, count, body):
+    """It costs a retry, and nothing of it is delivered."""
+    doubtful = Fault(**spoil(200, "", body, framing="chunked"))
+    url = server.at("/b", File(OLD, '"1"', faults=[*faults, doubtful]))
+    ticket = server.ticket([closed(url, 1000, 201000)] * count)
+    check(SLICE * count, ticket, "pipe", connections=1, max_retries=2)
 
 
 # -- where a response lies: to a changed Range
@@ -2437,8 +2318,8 @@ CHANGED_RESPONSES = {
     "no ETag": spoil(headers={"ETag": None}),
     "200 with the whole file": spoil(ranges=False),
     "200 with the slice": spoil(200, "", SLICE), "200 with the rest": spoil(200, ""),
-    "200 in chunks": spoil(200, "", framing="chunked"),
-    "206 in chunks": spoil(206, "", framing="chunked"),
+    "200 in chunks": spoil(200, "", **IN_CHUNKS),
+    "206 in chunks": spoil(206, "", **IN_CHUNKS),
     "206, no Content-Range": spoil(206, ""), "malformed": spoil(206, "bytes */300000"),
     "unframed": spoil(200, "", framing="close"),
     "another start": spoil(206, "bytes 1000-200999/300000"),
@@ -2453,8 +2334,8 @@ CHANGED_RESPONSES = {
 @pytest.mark.parametrize("etag, kind", [(None, "seekable"), ('"1"', "pipe")])
 @pytest.mark.parametrize("name", CHANGED_RESPONSES)
 def test_a_changed_range_that_never_works(server, name, etag, kind):
-    spoiled = Fault(match=is_changed, times=None, **CHANGED_RESPONSES[name])
-    file = File(OLD, etag, faults=[Fault(cut=50000), spoiled])
+    changes = dict(CHANGED_RESPONSES[name], match=lambda r: r.range != OWN, times=None)
+    file = File(OLD, etag, faults=[Fault(cut=50000), Fault(**changes)])
     check(SLICE, one_block(server, OWN, file), kind, max_retries=2)
     assert server.ranges("/b")[-1] == OWN or (name, etag) == ("no ETag", None)
     assert len(server.asked("/b")) <= 5
@@ -2463,33 +2344,28 @@ def test_a_changed_range_that_never_works(server, name, etag, kind):
 @pytest.mark.parametrize("name", sorted(set(CHANGED_RESPONSES) - {"405", "501"}))
 def test_a_changed_range_that_fails_after_one_has_worked(server, name):
     """A cache miss or an outage: what has been delivered is not fetched again."""
-    spoiled = Fault(**CHANGED_RESPONSES[name])
-    faults = [Fault(cut=70000), Fault(cut=70000)]
-    file = File(OLD, '"1"', faults=faults + [spoiled] * 2)
+    spoiled, cut = Fault(**CHANGED_RESPONSES[name]), Fault(cut=70000)
+    file = File(OLD, '"1"', faults=[cut, cut, spoiled, spoiled])
     check(SLICE, one_block(server, OWN, file), "pipe", max_retries=3)
     assert set(server.ranges("/b")[2:]) == {"bytes=141000-200999"}
 
 
-REST, CUT_50000 = "bytes=51000-200999", Fault(cut=50000)
+REST, REST_OF_ALL = "bytes=51000-200999", "bytes=50000-299999"
+CUT_50000, TWICE_REST = Fault(cut=50000), [None, REST_OF_ALL, REST_OF_ALL, None]
+ANOTHER_TOTAL = Fault(**spoil(206, "bytes 0-300000/300001", OLD + b"x", times=2))
+NO_TOTAL = Fault(**spoil(206, "bytes 50000-299999/*", times=2))
 RESUMED = {
     # Range, responses, and the Ranges that are requested.
-    "no Range": (None, [CUT_50000], [None, "bytes=50000-299999"]),
+    "no Range": (None, [CUT_50000], [None, REST_OF_ALL]),
     "206 without a Range": (None, [Fault(206, cut=50000), Fault(206)], [None] * 2),
     "429": (OWN, [CUT_50000, Fault(429, times=3)], [OWN] + [REST] * 4),
     "503": (OWN, [CUT_50000, Fault(503, times=3)], [OWN] + [REST] * 4),
     "522": (OWN, [CUT_50000, Fault(522, times=3)], [OWN] + [REST] * 4),
-    "open": ("bytes=0-", [CUT_50000], ["bytes=0-", "bytes=50000-299999"]),
+    "open": ("bytes=0-", [CUT_50000], ["bytes=0-", REST_OF_ALL]),
     # Without a Range: the query may name a slice, and a Range be one of the whole file.
-    "another total": (
-        None,
-        [CUT_50000, *[Fault(**spoil(206, "bytes 0-300000/300001", OLD + b"x"))] * 2],
-        [None, "bytes=50000-299999", "bytes=50000-299999", None],
-    ),
-    "total unknown": (
-        None, [CUT_50000, *[Fault(**spoil(206, "bytes 50000-299999/*"))] * 2],
-        [None, "bytes=50000-299999", "bytes=50000-299999", None],
-    ),
-}  # fmt: skip
+    "another total": (None, [CUT_50000, ANOTHER_TOTAL], TWICE_REST),
+    "total unknown": (None, [CUT_50000, NO_TOTAL], TWICE_REST),
+}
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -2501,15 +2377,11 @@ def test_what_is_requested_after_a_cut(server, name):
     assert server.ranges("/b") == ranges
 
 
-@pytest.mark.parametrize(
-    "etag, faults, sent",
-    [
-        ('"1"', [], ['"1"']), ('W/"1"', [], [None]),
-        ("1", [], [None]), (None, [], [None]),
-        # Another replica, perhaps.
-        ('"1"', [Fault(ranges=False)], ['"1"', None]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("etag, faults, sent", [
+    ('"1"', [], ['"1"']), ('W/"1"', [], [None]), ("1", [], [None]), (None, [], [None]),
+    # Another replica, perhaps.
+    ('"1"', [Fault(ranges=False)], ['"1"', None]),
+])  # fmt: skip
 def test_if_range_goes_with_a_strong_etag(server, etag, faults, sent):
     file = File(OLD, etag, faults=[CUT_50000, *faults])
     check(SLICE, one_block(server, OWN, file), max_retries=1)
@@ -2588,9 +2460,7 @@ def test_what_was_delivered_is_taken_back_before_the_transfer_begins_again(serve
     url = server.ticket([data_uri(b"head"), server.at("/b", file)])
     htsget.get(url, output, progress=lambda *call: calls.append(call), **QUICK)
     is_right = output.getvalue() == b"beforehead" + NEW[:100000]
-    assert is_right
-    assert calls[-1][0] == 100004
-    assert max(calls)[0] > 100004
+    assert is_right and calls[-1][0] == 100004 < max(calls)[0]
 
 
 @pytest.mark.parametrize("wrong", [1, 9])
@@ -2621,31 +2491,20 @@ def test_two_nodes_with_etags_of_their_own(server, kind, first):
     assert len(server.asked("/reads/x")) == 1
 
 
-def signed_each(url, first, stop):
-    return signed(url, first, stop, "sig%d" % first)
-
-
 @BOTH
-@pytest.mark.parametrize("make", [closed, signed, signed_each])
+@pytest.mark.parametrize("make", [closed, signed, lambda *span: signed(*span, span[1])])
 @pytest.mark.parametrize("connections", [1, 4])
-@pytest.mark.parametrize("etags, new", [(('"1"', '"2"'), NEW), ((None, None), LONGER)])
-def test_blocks_of_one_object_that_is_replaced_between_them(
-    server, make, kind, connections, etags, new
-):
-    file = File(OLD, etags[0], faults=[None] * 3 + [Fault(then=(new, etags[1]))])
+@pytest.mark.parametrize("etag, new", [('"1"', (NEW, '"2"')), (None, (LONGER, None))])
+def test_blocks_of_an_object_that_changes(server, make, kind, connections, etag, new):
+    file = File(OLD, etag, faults=[None] * 3 + [Fault(then=new)])
     blocks = sliced(server.at("/b", file), len(OLD), 8, make)
-    expected = CHANGED if kind == "pipe" else new[: len(OLD)]
+    expected = CHANGED if kind == "pipe" else new[0][: len(OLD)]
     check(expected, server.ticket(blocks), kind, connections=connections)
 
 
 def test_blocks_that_differ_in_headers_or_query_are_objects_of_their_own(server):
-    numbers = itertools.count()
-
-    def route(handler):
-        File(OLD, '"%d"' % next(numbers)).respond(handler, OK)
-
-    url = server.at("/b", route)
-    wanted = {"Range": "bytes=0-99999"}
+    numbers, wanted = itertools.count(), {"Range": "bytes=0-99999"}
+    url = server.at("/b", lambda handler: File(OLD, '"%d"' % next(numbers))(handler))
     blocks = [(url, dict(wanted, HtsgetCurrentBlock=number)) for number in "12"]
     blocks += [(url + "?st=1", wanted), (url + "?st=2", wanted), url, url]
     check(OLD[:100000] * 4 + OLD * 2, server.ticket(blocks), "pipe")
@@ -2661,9 +2520,8 @@ def expiring(server, count, **options):
     return server.ticket(lambda n: sliced("%s?token=%d" % (url, n), len(OLD), count))
 
 
-@pytest.mark.parametrize(
-    "status, connections", [(400, 1), (401, 1), (403, 1), (403, 4), (404, 1), (410, 1)]
-)
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+@pytest.mark.parametrize("connections", [1, 4])
 def test_expired_urls_are_renewed(server, connections, status):
     ticket = expiring(server, 4, uses=3, refusal=Fault(status, body=b"expired"))
     tokens = map("token{}".format, itertools.count())
@@ -2687,34 +2545,30 @@ def test_a_url_that_is_refused_for_good(server):
     assert len(server.asked("/reads/x")) == 4
 
 
-LOGINS = [
-    [{"url": "@", "headers": {n: n}}] * 2 for n in ("Authorization", "authorization")
-]
+HEAD, BODY_CLASS = data_uri(b"head"), {"url": "@", "class": "body"}
 EQUIVALENT = {
     # Ticket and renewed ticket, with @ for the block's URL; what the latter is.
     "the same": (["@"], ["@"], True),
-    "another signature": (
-        ["@?X-Amz-Signature=1&a=1"] * 2, ["@?X-Amz-Signature=2&a=1"] * 2, True,
-    ),
+    "another signature": (["@?X-Amz-X=1&a=1"] * 2, ["@?X-Amz-X=2&a=1"] * 2, True),
     "another token": (["@?token=1"] * 2, ["@"] * 2, True),
     "another time of Azure's": (["@?st=1&sig=1"] * 2, ["@?st=2&sig=2"] * 2, True),
     "st without a signature": (["@?st=1"] * 2, ["@?st=2"] * 2, False),
     "another query": (["@?a=1"] * 2, ["@?a=2"] * 2, False),
     "another header": ([("@", {"Block": "1"})] * 2, [("@", {"Block": "2"})] * 2, False),
-    "another login": (*LOGINS, True),
+    "another login": (
+        [("@", {"Authorization": "1"})] * 2, [("@", {"authorization": "2"})] * 2, True,
+    ),
     "a single block, another path": (["@"], ["@2"], True),
     "another path": (["@"] * 2, ["@2"] * 2, False),
     "another path with a Range": (
         [closed("@", 0, 300000)] * 2, [closed("@2", 0, 300000)] * 2, True,
     ),
     "another Range": (sliced("@", 300000, 2), sliced("@", 300000, 3), False),
-    "other inline data": ([data_uri(b"head"), "@"], [data_uri(b"HEAD"), "@"], False),
-    "the same inline data": ([data_uri(b"head"), "@"], [data_uri(b"head"), "@"], True),
-    "another class": (
-        [{"url": "@", "class": "body"}], [{"url": "@", "class": "header"}, "@"], False,
-    ),
+    "other inline data": ([HEAD, "@"], [data_uri(b"HEAD"), "@"], False),
+    "the same inline data": ([HEAD, "@"], [HEAD, "@"], True),
+    "another class": ([BODY_CLASS], [{"url": "@", "class": "header"}, "@"], False),
     "another format": (
-        {"urls": [{"url": "@"}]}, {"urls": [{"url": "@"}], "format": "VCF"}, False,
+        {"urls": [BODY_CLASS]}, {"urls": [BODY_CLASS], "format": "VCF"}, False,
     ),
     "another number": (["@"], ["@", "@"], False),
     "Crypt4GH, encrypted anew": (
@@ -2733,17 +2587,18 @@ def test_a_renewed_ticket_is_used_if_it_is_equivalent(server, name, kind):
         text = json.dumps(tickets[min(number, 1)])
         return json.loads(text.replace("@", server.url + path))
 
-    def is_expired(request):
-        return len(server.asked("/reads/x")) == 1
-
-    expires = [Fault(cut=100000), Fault(403, match=is_expired, times=None)]
-    server.at("/b", File(OLD, '"1"', faults=expires))
-    for path in ("/b2", "/c", "/c2"):
+    for path in ("/b", "/b2", "/c", "/c2"):
         server.at(path, File(OLD, '"1"'))
     options = {"connections": 1, "verify": False}
     expected = fetch(server.ticket(ticket(not is_equivalent, "/c")), **options)
     begins_again = not is_equivalent and kind != "pipe"
     del server.requests[:]
+
+    def is_expired(request):
+        return len(server.asked("/reads/x")) == 1
+
+    expires = [Fault(cut=100000), Fault(403, match=is_expired, times=None)]
+    server.at("/b", File(OLD, '"1"', faults=expires))
     url = server.ticket(lambda number: ticket(number, "/b"))
     check(expected if is_equivalent or begins_again else CHANGED, url, kind, **options)
     # Once for the refusal, and once more to begin again.
@@ -2783,34 +2638,26 @@ def test_a_renewed_ticket_that_is_reduced(server, reduced):
 # -- what must never be taken for the data
 
 GROWS, REFUSED = [spoil(cut=150000, then=(LONGER, None))], spoil(416, times=None)
+WIDER = spoil(206, "bytes 500-201499/300000", OLD[:201000], **IN_CHUNKS)
+WIDER_REST = spoil(206, "bytes 50000-201999/300000", OLD[:152000], **IN_CHUNKS)
 NEVER_WRONG = {
     # Range, responses; the result, and that of a pipe.
     "another total, open": ("bytes=0-", GROWS, LONGER, CHANGED),
     "another total, closed": ("bytes=0-299999", GROWS, LONGER[:300000], CHANGED),
-    "another total, no Range": (None, GROWS, LONGER, CHANGED),
     "100 of unknown many": (
         "bytes=0-", [spoil(206, "bytes 0-99/*", OLD[:100]), REFUSED], ERROR, ERROR,
     ),
     "100 of 1,000, then 416": (
         "bytes=0-", [spoil(206, "bytes 0-99/1000", OLD[:100]), REFUSED], ERROR, ERROR,
     ),
+    "100 of who knows": ("bytes=0-", [spoil(206, "", OLD[:100])], OLD, OLD),
     "the whole file in chunks with the right ETag": (
-        OWN,
-        [spoil(ranges=False, framing="chunked", cut=99999, etag='"E"'),
-         spoil(etag='"E"')],
+        OWN, [dict(WHOLE_200, cut=99999, etag='"E"', **IN_CHUNKS), {"etag": '"E"'}],
         SLICE, ERROR,
     ),
     # A damaged Content-Range that begins earlier and ends later.
-    "wider, chunks": (
-        OWN, [spoil(206, "bytes 500-201499/300000", OLD[:201000], framing="chunked")],
-        SLICE, SLICE,
-    ),
-    "wider than the rest, chunks": (
-        OWN,
-        [spoil(cut=50000),
-         spoil(206, "bytes 50000-201999/300000", OLD[:152000], framing="chunked")],
-        SLICE, SLICE,
-    ),
+    "wider, chunks": (OWN, [WIDER], SLICE, SLICE),
+    "wider than the rest, chunks": (OWN, [{"cut": 50000}, WIDER_REST], SLICE, SLICE),
 }  # fmt: skip
 
 
@@ -2824,24 +2671,14 @@ def test_never_wrong_bytes(server, name, kind):
     assert len(server.requests) < 60
 
 
-def test_an_open_range_answered_by_a_slice(server):
-    """By a server that ignores Range headers, and has a URL for each slice."""
-    parts = enumerate((OLD[:100000], OLD[100000:]))
-    urls = [server.at("/%d" % n, File(part, ranges=False)) for n, part in parts]
-    blocks = [closed(urls[0], 0, 100000), opened(urls[1], 100000)]
-    check(IGNORES, server.ticket(blocks))
-
-
 @BOTH
 def test_a_renewed_ticket_that_is_cut_elsewhere(server, kind):
     """The ranges are in the queries."""
 
     def route(handler):
         first, stop = map(int, handler.path.partition("?")[2].split("-"))
-        if (first, stop) == (100000, 300000):
-            handler.reply(403)
-        else:
-            handler.reply(200, OLD[first:stop])
+        is_refused = (first, stop) == (100000, 300000)
+        handler.reply(403 if is_refused else 200, OLD[first:stop])
 
     url = server.at("/b", route)
 
@@ -2858,30 +2695,26 @@ def test_an_empty_last_block(server):
     check(htsget.IntegrityError, server.ticket(urls, format="BAM"))
 
 
-@pytest.mark.parametrize(
-    "framing, expected", [("length", IGNORES), ("chunked", ERROR), ("close", ERROR)]
-)
-def test_a_short_first_block(server, framing, expected):
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_a_short_first_block(server, framing):
     """A cache that holds a truncated file answers 200."""
     data = make_vcf(20000)
     half = data.index(b"\n", len(data) // 2) + 1
     short = Fault(**spoil(200, "", make_vcf(5000), framing=framing, times=None))
     urls = [server.at("/1", File(data, faults=[short])), server.at("/2", File(data))]
     blocks = [closed(urls[0], 0, half), closed(urls[1], half, len(data))]
+    expected = IGNORES if framing == "length" else ERROR
     check(expected, server.ticket(blocks, format="VCF"))
 
 
 @pytest.mark.parametrize("total", ["*", "slice", "size"])
 def test_a_slice_that_is_named_by_the_query(server, total):
     """And a Range is one of the whole file."""
+    whole = File(OLD, total=total)
+    named = File(OLD[50000:250000], faults=[Fault(cut=100000)])
 
     def route(handler):
-        if handler.headers.get("Range"):
-            File(OLD, total=total).respond(handler, OK)
-        else:
-            is_first = len(server.asked("/b")) == 1
-            fault = Fault(cut=100000) if is_first else OK
-            File(OLD[50000:250000]).respond(handler, fault)
+        (whole if handler.headers.get("Range") else named)(handler)
 
     ticket = server.ticket([server.at("/b", route) + "?from=50000"])
     check(OLD[50000:250000], ticket, "pipe")
@@ -2890,10 +2723,25 @@ def test_a_slice_that_is_named_by_the_query(server, total):
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_early_end_that_nothing_tells(server, number):
     """The process behind one of two blocks without a length dies, once."""
-    files = [File(data, framing="HTTP/1.0") for data in (OLD, NEW)]
-    files[number].faults, files[number].left = [Fault(cut=70000)], [1]
-    urls = [server.at("/1", files[0]), server.at("/2", files[1])]
-    check(OLD + NEW, server.ticket(urls), "pipe")
+    faults = [[Fault(cut=70000)] * (index == number) for index in (0, 1)]
+    old, new = File(OLD, faults=faults[0]), File(NEW, faults=faults[1])
+    old.framing = new.framing = "HTTP/1.0"
+    ticket = server.ticket([server.at("/0", old), server.at("/1", new)])
+    check(OLD + NEW, ticket, "pipe")
+
+
+def test_an_end_that_nothing_announces_is_worth_one_warning(server, caplog):
+    """Once it has come twice at the same place."""
+    ticket = one_block(server, None, File(OLD, framing="close"))
+    check(OLD, ticket, "pipe", max_retries=0)
+    (record,) = caplog.records
+    assert "at byte 300000" in record.getMessage()
+
+
+def test_a_200_with_the_slice_does_not_tell_the_total(server):
+    fault = Fault(**spoil(200, "", OLD[:150000]))
+    blocks = sliced(server.at("/b", File(OLD, faults=[fault])), len(OLD), 2)
+    check(OLD, server.ticket(blocks), "pipe", connections=1, max_retries=0)
 
 
 @BOTH
@@ -2926,10 +2774,9 @@ def test_gzip_magic_where_a_block_is_resumed(server):
     assert len(server.asked("/b")) == 2
 
 
-@pytest.mark.parametrize(
-    "first, label",
-    [("<a", "text/html"), ("{", "application/json"), (" [", "text/json")],
-)
+@pytest.mark.parametrize("first, label", [
+    ("<a", "text/html"), ("{", "application/json"), (" [", "text/json"),
+])  # fmt: skip
 def test_data_with_the_label_of_an_error_document(server, first, label):
     """Resumed where the next byte is one that such a document begins with."""
     data = OLD[:100000] + first.encode() + b'"a": 1}' + OLD[:50000]
@@ -2950,7 +2797,6 @@ def test_a_range_of_a_ticket_that_is_neither_closed_nor_open(server, wanted):
 def test_blocks_of_every_kind(server, kind):
     """Inline and remote, with and without Ranges, empty ones, one URL several times."""
     check(b"ab", server.ticket([data_uri(b"a"), data_uri(b"b")]), kind)
-    assert len(server.requests) == 1
     url = server.at("/b", File(OLD, '"1"'))
     blocks = [
         data_uri(b"head"), "data:,a%20b", data_uri(b""), closed(url, 0, 1),
@@ -2964,10 +2810,9 @@ def test_blocks_of_every_kind(server, kind):
 
 # ---- the window
 #
-# Where it matters that several requests are in flight, the server waits for them: a
-# client that sends them one after the other would stand still. A client begins to read
-# ahead after 100 ms of waiting, so the first responses are late ones: all of `latency`
-# LATE, or the first one of a large block (`late`).
+# Where it matters that several requests are in flight, the server waits for them. A
+# client begins to read ahead after 100 ms of waiting, so the first responses are late
+# ones: all of `latency` LATE, or the first one of a large block (`late`).
 
 LATE = 0.02
 LARGE = pattern(4 * MIB + 99, 21)
@@ -2984,18 +2829,6 @@ def wrap(server, make):
     """Replace each block's route by what a function makes of it."""
     for path in list(server.routes):
         server.routes[path] = make(server.routes[path])
-
-
-def at_once(test, rows):
-    """Call a test with each row, all at the same time, each with a server of its own:
-    these wait more than they work."""
-
-    def start(row):
-        with Server() as server:
-            test(server, row)
-
-    with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
-        list(pool.map(start, rows))
 
 
 def threads():
@@ -3035,8 +2868,7 @@ def test_one_connection_needs_no_thread(server):
 
 
 def test_the_order_is_kept(server):
-    urls, data = blocks_of(server, 30)
-    rng = random.Random(4)
+    (urls, data), rng = blocks_of(server, 30), random.Random(4)
 
     def at_random(file):
         seconds = rng.random() * 2 * LATE
@@ -3062,26 +2894,14 @@ def large(server, *faults, make=closed, **options):
     return server.ticket([make(url, 0, len(LARGE)) if make else url])
 
 
-ACCEPTS = {"Accept-Ranges": "bytes"}
-CUT = {
-    # How the block is served, and whether it can be cut.
-    "Range, ETag": ({}, True),
-    "Range, ETag, chunks": ({"framing": "chunked"}, True),
-    "ETag, Accept-Ranges": ({"make": None, "headers": ACCEPTS}, True),
-    "ETag": ({"make": None}, False),
-    "Accept-Ranges": ({"make": None, "etag": None, "headers": ACCEPTS}, False),
-    "Range": ({"etag": None}, False),
-    "Range, weak ETag": ({"etag": 'W/"1"'}, False),
-    "signed": ({"make": signed}, False),
-}
-
-
 def test_a_large_block_is_cut_where_an_etag_vouches_for_its_parts():
-    def test(server, name):
-        options, is_cut = CUT[name]
+    """If it has a Range, or the server says that it heeds them."""
+
+    def test(server, row):
+        is_cut, options = row
         check(LARGE, large(server, **options), "path")
         requests = server.asked("/b")
-        assert (len(requests) > 1) == is_cut, name
+        assert (len(requests) > 1) == is_cut, options
         assert all(request.headers["If-Range"] == '"1"' for request in requests[1:])
         assert server.most_open <= 4
         # Each byte is requested once.
@@ -3089,7 +2909,13 @@ def test_a_large_block_is_cut_where_an_etag_vouches_for_its_parts():
         spans = sorted(spans) + [[len(LARGE), None]]
         assert all(a[1] + 1 == b[0] for a, b in zip(spans, spans[1:]))
 
-    at_once(test, list(CUT))
+    accepts = {"Accept-Ranges": "bytes"}
+    at_once(test, [
+        (True, {}), (True, {"framing": "chunked"}), (False, {"make": None}),
+        (True, {"make": None, "headers": accepts}), (False, {"make": signed}),
+        (False, {"make": None, "etag": None, "headers": accepts}),
+        (False, {"etag": None}), (False, {"etag": 'W/"1"'}),
+    ])  # fmt: skip
 
 
 def test_only_one_cut_is_tried_before_one_has_worked(server):
@@ -3105,7 +2931,7 @@ def test_only_one_cut_is_tried_before_one_has_worked(server):
 
 
 def test_a_cut_that_fails():
-    """One node's cache miss or a short outage: what has come is not thrown away."""
+    """What has come is not thrown away."""
 
     def test(server, fault):
         is_page = fault.get("body", b"")[:1] == b"<"
@@ -3123,14 +2949,12 @@ def test_a_cut_that_fails():
 
 def test_a_stale_node_answers_some_of_the_cuts(server):
     """From an older copy of the same size, without an ETag."""
-    stale = Fault(data=pattern(len(LARGE), 22), etag=None)
-    faults = [stale if n % 3 else None for n in range(12)]
 
     def ignore_if_range(handler):
         del handler.headers["If-Range"]
 
-    stale.changes["run"] = ignore_if_range
-    check(LARGE, large(server, *faults), "pipe", max_retries=8)
+    stale = Fault(data=pattern(len(LARGE), 22), etag=None, run=ignore_if_range)
+    check(LARGE, large(server, *[None, stale, stale] * 4), "pipe", max_retries=8)
 
 
 @pytest.mark.parametrize("kind", ["seekable", "pipe"])
@@ -3146,7 +2970,30 @@ def test_what_follows_a_block_that_cannot_be_cut_is_read_ahead(server):
     slow = File(LARGE, faults=[Fault(run=late, cut=500000, stall=requested)])
     second = File(b"second", faults=[Fault(run=lambda handler: requested.set())])
     urls = [server.at("/1", slow), server.at("/2", second)]
-    check(LARGE + b"second", server.ticket(urls))
+    # If it were not, the first one would time out.
+    check(LARGE + b"second", server.ticket(urls), max_retries=0)
+
+
+def test_a_whole_block_does_not_wait_for_the_first_cut(server):
+    """The ticket's own request is no trial: the cut is answered after that one."""
+    edge, requested = 2 * MIB + 200000, threading.Event()
+    run = Fault(match="=%d-" % edge, run=lambda handler: requested.set())
+    wait = Fault(wait=requested, times=None)
+    file = File(LARGE[: edge + 99], '"1"', faults=[Fault(run=late), run, wait])
+    url = server.at("/b", file)
+    ticket = server.ticket([closed(url, 0, edge), closed(url, edge, edge + 99)])
+    check(LARGE[: edge + 99], ticket, "pipe", max_retries=0)
+    # None of them has timed out.
+    assert len(server.asked("/b")) == 3
+
+
+def test_what_one_block_tells_lets_the_next_be_cut(server):
+    """Before its first response, if they are of the same object."""
+    size, file = len(LARGE), File(LARGE * 3, '"1"', faults=[Fault(run=late)])
+    url = server.at("/b", file)
+    first, second = closed(url, 0, size), closed(url, size, 3 * size)
+    check(LARGE * 3, server.ticket([first, second]), "pipe")
+    assert second[1]["Range"] not in server.ranges("/b")
 
 
 # -- servers that limit connections or requests
@@ -3155,8 +3002,7 @@ def test_what_follows_a_block_that_cannot_be_cut_is_read_ahead(server):
 @pytest.mark.parametrize("most, status, after", [(1, 429, "0"), (3, 503, None)])
 def test_a_server_that_limits_requests(server, most, status, after):
     """A refusal is no failure then: it costs no retry, and it does not repeat."""
-    server.latency, (urls, data) = LATE / 2, blocks_of(server, 30)
-    refused = []
+    server.latency, (urls, data), refused = LATE / 2, blocks_of(server, 30), []
 
     def limited(file):
         def route(handler):
@@ -3193,7 +3039,7 @@ def test_an_outage_that_is_over_before_the_data_is_due(server):
     server.latency, (urls, data) = LATE, blocks_of(server, 30)
     for number in range(15, 18):
         file = server.routes["/%d" % number]
-        file.faults, file.left = [Fault(500)], [1]
+        server.at("/%d" % number, File(file.data, faults=[Fault(500)]))
     check(data, server.ticket(urls), "pipe", max_retries=0)
 
 
@@ -3206,25 +3052,19 @@ def test_an_error_comes_after_everything_before_it(server):
     assert output.getvalue() == data[:20000]
 
 
-def test_urls_that_expire_again_and_again():
+@pytest.mark.parametrize("make, query", [(closed, "?token=%d"), (signed, "&token=%d")])
+def test_urls_that_expire_again_and_again(server, make, query):
     """Several parts are refused at the same time, and one of them renews the ticket."""
-    data = pattern(1200000, 41)
+    data, server.latency = pattern(1200000, 41), LATE
+    url = server.at("/b", File(data, uses=5))
 
-    def test(server, make):
-        url = server.at("/b", File(data, uses=5))
-        server.latency = LATE
+    def blocks(number):
+        entries = sliced(url, len(data), 24, make)
+        return [(url + query % number, headers) for url, headers in entries]
 
-        def blocks(number):
-            end = "token=%d" % number
-            entries = sliced(url, len(data), 24, make)
-            join = "&" if make is signed else "?"
-            return [(url + join + end, headers) for url, headers in entries]
-
-        check(data, server.ticket(blocks), connections=6, max_retries=1)
-        assert server.sent < 1.3 * len(data)
-        assert len(server.asked("/reads/x")) < 25
-
-    at_once(test, [closed, signed])
+    check(data, server.ticket(blocks), connections=6, max_retries=1)
+    assert server.sent < 1.3 * len(data)
+    assert len(server.asked("/reads/x")) < 25
 
 
 def a_server_of_one_connection(server):
@@ -3260,9 +3100,8 @@ def a_slow_reader(server):
     """A reader that pauses for longer than a server may is no slow server: what is read
     ahead is bounded, and not read twice."""
     data = pattern(1 << 20, 51) * 36
-    url, count = server.at("/b", File(data)), 6
+    url, count, paused = server.at("/b", File(data)), 6, []
     server.latency = 0.06
-    paused = []
 
     def pause(pipe):
         if len(pipe.data) > 13 * MIB and not paused:
@@ -3286,7 +3125,7 @@ def a_slow_reader(server):
 
 def test_who_waits_for_three_seconds():
     at_once(
-        lambda server, test: test(server), [a_server_of_one_connection, a_slow_reader]
+        lambda server, test: test(server), [a_slow_reader, a_server_of_one_connection]
     )
 
 
@@ -3305,27 +3144,27 @@ htsget.get(sys.argv[1], sys.stdout.buffer)
     assert server.most_active == 1
 
 
-@pytest.mark.parametrize("how", ["success", "error", "close", "output"])
-def test_no_thread_is_left(server, how):
-    server.latency, (urls, data) = LATE, blocks_of(server, 20)
-    if how != "success":
-        server.at("/19", Fault(404) if how == "error" else Fault(wait=True))
-    url = server.ticket(urls)
+@pytest.mark.parametrize("route", [b"x", Fault(404), Fault(wait=True)])
+def test_no_thread_is_left(server, route):
+    """At the end, after an error, when a stream is closed, when an output fails."""
+    server.latency, (urls, data) = LATE, blocks_of(server, 16)
+    url = server.ticket([*urls, server.at("/16", route)])
 
     def fail(pipe):
         if len(pipe.data) > 10000:
             assert threads()
             raise OSError(errno.EPIPE, "closed")
 
-    if how == "close":
+    if route == b"x":
+        check(data + b"x", url)
+    elif route.status == 404:
+        check(htsget.ClientError, url)
+    else:
         with htsget.open(url) as stream:
             stream.read(10000)
             assert threads()
-    elif how == "output":
         with pytest.raises(OSError):
             htsget.get(url, Pipe(fail))
-    else:
-        check(data if how == "success" else htsget.ClientError, url)
     for thread in threads():
         thread.join(10)
     assert threads() == []
@@ -3352,10 +3191,6 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-class Death(Exception):
-    """Raised by a progress function: the transfer ends here."""
-
-
 def rewrite(path, content):
     with open(str(path), "wb") as file:
         file.write(content)
@@ -3373,22 +3208,17 @@ def snapshot(path):
 
 def restore(path, files):
     for name, content in zip(kept(path), files):
+        if os.path.exists(name):
+            os.remove(name)
         if content is not None:
             rewrite(name, content)
-        elif os.path.exists(name):
-            os.remove(name)
 
 
 def die(source, path, position=DIED, **options):
     """Have a transfer to `path` end at `position` as by kill -9: what is written to
     its files after that moment is taken back."""
     files = []
-
-    def progress(so_far, total):
-        if so_far >= position:
-            files.extend(snapshot(path))
-            raise Death
-
+    progress = dying_at(position, lambda: files.extend(snapshot(path)))
     with pytest.raises(Death):
         htsget.get(source, path, progress=progress, **dict(STEADY, **options))
     restore(path, files)
@@ -3423,37 +3253,6 @@ def resume(server, source, path, data=DATA, **options):
     return begun_at(server)
 
 
-def wait_for_file(path, size):
-    """Wait until a file has a size; for the watchdog otherwise."""
-    while not os.path.exists(str(path)) or os.path.getsize(str(path)) < size:
-        time.sleep(0.002)
-
-
-class Stalled:
-    """A transfer in a thread that stalls in its second block; `end()` lets it go on,
-    and returns its error, or None."""
-
-    def __init__(self, server, path, name="/stalled", first=pattern(99999)):  # noqa: B008
-        self.go_on, last = threading.Event(), pattern(5000, 1)
-        self.data, self.errors = first + last, [None]
-        file = File(last, faults=[Fault(cut=3000, stall=self.go_on)])
-        blocks = [server.at(name + "1", first), server.at(name + "2", file)]
-        self.url = server.ticket(blocks, path="/reads" + name)
-        self.thread = in_background(self.run, path)
-        wait_for_file(kept(path)[0], len(first) + 3000)
-
-    def run(self, path):
-        try:
-            htsget.get(self.url, path, **dict(STEADY, timeout=PATIENCE))
-        except Exception as error:
-            self.errors.append(error)
-
-    def end(self):
-        self.go_on.set()
-        self.thread.join()
-        return self.errors[-1]
-
-
 def taking(base=object, most=999, returned=int):
     """An output that takes at most so many bytes at a time."""
 
@@ -3471,22 +3270,13 @@ def time_out(pipe):
 
 # Outputs, and the error that is raised as it is. One returns an integer of numpy's
 # kind, one nothing.
-OUTPUTS = [
-    (taking(), None),
-    (taking(io.RawIOBase), None),
-    (taking(io.BufferedIOBase), None),
+@pytest.mark.parametrize("output, error", [
+    (taking(), None), (taking(io.RawIOBase), None), (taking(io.BufferedIOBase), None),
     (taking(returned=type("Index", (int,), {})), None),
     (taking(most=1 << 30, returned=lambda count: None), None),
-    (taking(most=0), OSError),
-    (Pipe(time_out), OSError),
-    (None, ValueError),
-    (7, ValueError),
-    (io.StringIO(), ValueError),
-    ("", ValueError),
-]
-
-
-@pytest.mark.parametrize("output, error", OUTPUTS, ids=range(len(OUTPUTS)))
+    (taking(most=0), OSError), (Pipe(time_out), OSError), (None, ValueError),
+    (7, ValueError), (io.StringIO(), ValueError), ("", ValueError),
+])  # fmt: skip
 def test_short_writes_are_completed_and_errors_are_raised(server, output, error):
     data = pattern(20000)
     url = server.at("/file", File(data, etag='"1"', faults=[Fault(cut=7000)]))
@@ -3507,23 +3297,18 @@ def test_short_writes_are_completed_and_errors_are_raised(server, output, error)
 def test_a_non_blocking_output_is_waited_for(server):
     received, (reading, writing) = [], os.pipe()
     os.set_blocking(writing, False)
-
-    def read():
-        with io.open(reading, "rb", buffering=0) as pipe:
-            received.extend(iter(lambda: pipe.read(3000), b""))
-
-    reader = in_background(read)
-    with io.open(writing, "wb", buffering=0) as output:
+    with io.open(reading, "rb") as pipe, io.open(writing, "wb", buffering=0) as output:
+        reader = in_background(lambda: received.append(pipe.read()))
         htsget.get(complete(server), output, **QUICK)
-    reader.join()
-    is_right = b"".join(received) == DATA
+        output.close()
+        reader.join()
+    is_right = received == [DATA]
     assert is_right
 
 
 # How an existing file of 0123456789 is opened, and what is before the data then.
-OPENED = {"r+b": b"01234", "ab": b"0123456789", "a+b": b"0123456789", "wb": b""}
-OPENED.update({"a path": b"", "a symlink": b"", "a dangling symlink": b""})
-OPENED["a path"] = b""
+OPENED = dict.fromkeys(["wb", "a path", "a symlink", "a dangling symlink"], b"")
+OPENED.update({"r+b": b"01234", "ab": b"0123456789", "a+b": b"0123456789"})
 
 
 @pytest.mark.parametrize("how", sorted(OPENED))
@@ -3542,9 +3327,9 @@ def test_what_is_before_the_data_stays(server, out, how, changes):
     if how.startswith("a "):
         htsget.get(url, str(out), **QUICK)
     else:
-        with io.open(str(out), how, buffering=0 if "+" in how else -1) as output:
-            if how == "r+b":
-                output.seek(5)
+        is_raw = "+" in how and not changes
+        with io.open(str(out), how, buffering=0 if is_raw else -1) as output:
+            output.seek(5 if how == "r+b" else 0)
             htsget.get(url, output, **QUICK)
     assert holds(out, OPENED[how] + (new if changes else old))
     # A symlink is followed and not replaced.
@@ -3581,14 +3366,12 @@ def test_the_file_appears_only_when_it_is_complete(server, tmp_path, out, monkey
         del seen[:]
 
 
-FSYNC = {"EINVAL": 0, "ENOTSUP": 0, "ENOSYS": 0, "EIO": 1, "ENOSPC": 75, "EDQUOT": 75}
-# A write fails, at a limit that is lifted later.
-FSYNC["EFBIG"] = 75
-
-
 @needs_posix
-@pytest.mark.parametrize("name", sorted(FSYNC))
-def test_what_fsync_says_of_the_disk_is_an_error(server, out, monkeypatch, name):
+@pytest.mark.parametrize("name, status", [
+    ("EINVAL", 0), ("ENOTSUP", 0), ("ENOSYS", 0), ("EIO", 1), ("ENOSPC", 75),
+    ("EDQUOT", 75), ("EFBIG", 75),
+])  # fmt: skip
+def test_what_fsync_says_is_an_error(server, out, monkeypatch, name, status):
     code, url = getattr(errno, name), complete(server)
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -3600,15 +3383,16 @@ def test_what_fsync_says_of_the_disk_is_an_error(server, out, monkeypatch, name)
         stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
         patch = stack.enter_context(monkeypatch.context())
         if name == "EFBIG":
+            # A write fails, at a limit that is lifted later.
             resource.setrlimit(resource.RLIMIT_FSIZE, (DIED, before[1]))
         else:
             patch.setattr(os, "fsync", fail)
         # Some file systems report a full quota only then, for standard output, too.
         for output in ("/dev/fd/%d" % stdout.fileno(), out):
             result = call(url, "-O", output, "-q")
-            assert result.status == FSYNC[name], result.stderr
-            assert len(result.stderr.splitlines()) == (FSYNC[name] > 0)
-        if result.status == 0:
+            assert result.status == status, result.stderr
+            assert len(result.stderr.splitlines()) == (status > 0)
+        if status == 0:
             assert holds(out, DATA)
             return
         with pytest.raises(OSError, match="out") as caught:
@@ -3619,11 +3403,10 @@ def test_what_fsync_says_of_the_disk_is_an_error(server, out, monkeypatch, name)
 
 
 # An output that is standard output, and the mode in which that was opened.
-STANDARD = [("-", "wb"), ("-", "ab"), ("/dev/stdout", "ab"), ("/dev/fd/1", "wb")]
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
-@pytest.mark.parametrize("output, mode", STANDARD)
+@pytest.mark.parametrize("output, mode", [
+    ("-", "wb"), ("/dev/stdout", "ab"), ("/dev/fd/1", "wb"),
+])  # fmt: skip
 def test_standard_output_is_never_replaced(server, tmp_path, out, output, mode):
     out.write_bytes(b"old")
     data, number = pattern(99999), os.stat(str(out)).st_ino
@@ -3645,8 +3428,7 @@ def test_what_is_no_regular_file_is_written_directly(server, tmp_path, out):
     htsget.get(url, out, **QUICK)
     reader.join()
     is_right = received == [DATA]
-    assert is_right
-    assert os.listdir(str(tmp_path)) == ["out"]
+    assert is_right and os.listdir(str(tmp_path)) == ["out"]
     htsget.get(url, os.devnull, **QUICK)
     assert not os.path.isfile(os.devnull)
     assert not os.path.exists(os.devnull + ".part")
@@ -3690,12 +3472,10 @@ def test_names_of_all_kinds_work(server, tmp_path, name):
 
 # Mode and owner of the file that exists, the umask.
 SELF = (os.geteuid(), os.getegid()) if hasattr(os, "geteuid") else None
-PERMISSIONS = [(0o600, SELF, 0o022), (0o640, SELF, 0o077), (0o660, SELF, 0o022)]
+PERMISSIONS = [(0o600, SELF, 0o022), (0o660, SELF, 0o077)]
 PERMISSIONS += [(None, SELF, 0o022), (None, SELF, 0o077)]
-PERMISSIONS += [
-    pytest.param(0o640, owner, 0o022, marks=as_root)
-    for owner in ((NOBODY, NOBODY), (0, 12), (NOBODY, 0))
-]
+for owner in ((NOBODY, NOBODY), (0, 12), (NOBODY, 0)):
+    PERMISSIONS += [pytest.param(0o640, owner, 0o022, marks=as_root)]
 
 
 @needs_posix
@@ -3752,11 +3532,9 @@ def test_what_cannot_be_replaced_keeps_its_content(server, file_mode, folder_mod
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "out")
         rewrite(path, b"precious")
-        if is_root:
-            os.chown(path, NOBODY, NOBODY)
-            os.chown(folder, NOBODY, NOBODY)
-        os.chmod(path, file_mode)
-        os.chmod(folder, folder_mode)
+        for name, mode in ((path, file_mode), (folder, folder_mode)):
+            os.chown(name, NOBODY if is_root else -1, -1)
+            os.chmod(name, mode)
         if is_root:
             os.setresuid(NOBODY, NOBODY, 0)
         try:
@@ -3774,26 +3552,17 @@ def test_what_cannot_be_replaced_keeps_its_content(server, file_mode, folder_mod
 
 # ---- output and journal: kill and resume
 
-KILL = """
-import htsget, os, signal
-def progress(so_far, total):
-    if so_far >= int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-htsget.get(sys.argv[1], sys.argv[2], progress=progress, connections=int(sys.argv[4]))
-"""
-
 BEFORE, AFTER = pattern(5000, 8), pattern(7000, 9)
-# Positions of a kill, and connections.
-KILLS = [(1, 1), (5001, 4), (2 * MIB, 4), (5000 + SIZE - 1, 1), (12000 + SIZE, 4)]
 
 
-@needs_posix
-@pytest.mark.parametrize("position, connections", KILLS)
-def test_a_killed_process_resumes(server, out, position, connections):
+@pytest.mark.parametrize("position, connections", [
+    (1, 1), (5001, 4), (2 * MIB, 4), (5000 + SIZE - 1, 1), (12000 + SIZE, 4),
+])  # fmt: skip
+def test_a_killed_transfer_resumes(server, out, position, connections):
     file = server.at("/file", File(DATA, etag='"1"'))
     url = server.ticket([data_uri(BEFORE), *sliced(file, SIZE), data_uri(AFTER)])
-    result = run(url, out, position, connections, code=KILL)
-    assert result.status == -signal.SIGKILL and not out.exists(), result.stderr
+    die(url, out, position, connections=connections)
+    assert not out.exists()
     first = resume(server, url, out, BEFORE + DATA + AFTER)
     assert first >= position - len(BEFORE) - STEP
 
@@ -3802,16 +3571,54 @@ def test_a_killed_process_resumes(server, out, position, connections):
 def test_a_block_that_cannot_be_cut_costs_itself_only(server, out, make, ranges):
     half = SIZE // 2
     wanted = ["bytes=0-%d" % (half - 1), "bytes=%d-%d" % (half, SIZE - 1)]
-    files = [server.at("/file", File(DATA, only=wanted))]
-    files += [
-        server.at(path, Fault(data=data))
-        for path, data in (("/half", DATA[:half]), ("/other", DATA[half:]))
-    ]
-    blocks = sliced(files[0], SIZE, 2, make) if ranges else files[1:]
+    blocks = sliced(server.at("/file", File(DATA, only=wanted)), SIZE, 2, make)
+    if not ranges:
+        halves = ("/half", DATA[:half]), ("/other", DATA[half:])
+        blocks = [server.at(path, Fault(data=data)) for path, data in halves]
     url = server.ticket([data_uri(BEFORE), *blocks, data_uri(AFTER)])
     die(url, out)
     first = resume(server, url, out, BEFORE + DATA + AFTER)
     assert first == half or not ranges and server.asked("/half") == []
+
+
+def test_no_checkpoint_takes_back_an_earlier_one(server, out):
+    """Ranges do not work for the moment: what was kept in the block is kept."""
+    file = File(DATA, '"1"', faults=[Fault(cut=2 * MIB), Fault(501)])
+    block = closed(server.at("/file", file), 0, SIZE)
+    url = server.ticket([data_uri(BEFORE), block])
+    with pytest.raises(Death):
+        htsget.get(url, out, progress=dying_at(DIED), **STEADY)
+    assert server.ranges("/file")[-1] == block[1]["Range"]
+    assert resume(server, url, out, BEFORE + DATA) >= 2 * MIB - STEP
+
+
+def test_a_missing_end_marker_is_an_error_after_a_resume_too(server, out):
+    """The journal knows that the first block's size was not announced."""
+    data = big_bam()[:-28]
+    first = server.at("/1", File(data[:MIB], framing="chunked"))
+    second = server.at("/file", File(data[MIB:], '"1"'))
+    url = server.ticket([first, second], format="BAM")
+    die(url, out, len(data) - 1)
+    del server.requests[:]
+    with pytest.raises(htsget.IntegrityError):
+        htsget.get(url, out, **STEADY)
+    assert server.asked("/1") == [] and begun_at(server) > 0
+
+
+def test_the_end_of_a_transfer_is_no_end_of_a_block(server, out):
+    """What sockets report while it is being stopped says nothing about their data."""
+    server.latency, (urls, head) = LATE, blocks_of(server, 12)
+    data, half = pattern(200000, 71), 100000
+    # A response that ends where the first one was cut would confirm that end.
+    stalled = threading.Event()
+    stall = argparse.Namespace(is_set=stalled.set)
+    faults = [Fault(cut=half), Fault(cut=half, stall=stall)]
+    file = File(data, framing="HTTP/1.0", faults=faults)
+    url = server.ticket([*urls, server.at("/half", file), data_uri(b"tail")])
+    progress = dying_at(len(head) + half, stalled.wait)
+    with pytest.raises(Death):
+        htsget.get(url, out, progress=progress, **dict(QUICK, connections=2))
+    resume(server, url, out, head + data + b"tail")
 
 
 def test_deaths_one_after_the_other_lose_nothing(server, out):
@@ -3828,15 +3635,17 @@ def test_deaths_one_after_the_other_lose_nothing(server, out):
     assert resume(server, url, out) >= least
 
 
-def test_a_slow_transfer_has_a_checkpoint_each_second(server, out):
-    sizes = set()
+def test_a_slow_transfer_has_a_checkpoint_each_second(server, out, monkeypatch):
+    sizes, real = set(), time.monotonic
 
     def progress(so_far, total):
         sizes.add(os.path.getsize(kept(out)[1]))
         if len(sizes) > 1:
             raise Death
 
-    url = server.ticket([server.at("/file", File(DATA, etag='"1"', rate=80000))])
+    url = server.ticket([server.at("/file", File(DATA, etag='"1"', rate=640000))])
+    # A second of the client's is an eighth of the server's.
+    monkeypatch.setattr(time, "monotonic", lambda: 8 * real())
     with pytest.raises(Death):
         htsget.get(url, out, progress=progress, **STEADY)
     server.at("/file", File(DATA, etag='"1"'))
@@ -3850,11 +3659,8 @@ def test_the_journal_is_appended_to_and_holds_no_secret(server, out):
     secret = {"Authorization": "Bearer hush5", "X-Auth": "hush6"}
     source = server.ticket([(url, secret)]) + "?key=hush7"
     options = dict(STEADY, bearer_token="hush8", headers={"X-Key": "hush9"})
-
-    def progress(so_far, total):
-        seen.append(snapshot(out)[1] or b"")
-
-    htsget.get(source, out, progress=progress, **options)
+    options["progress"] = lambda *args: seen.append(snapshot(out)[1] or b"")
+    htsget.get(source, out, **options)
     assert len(set(seen)) > 4
     assert all(after.startswith(before) for before, after in zip(seen, seen[1:]))
     assert all(json.loads(line.decode()) for line in seen[-1].split(b"\n") if line)
@@ -3863,35 +3669,23 @@ def test_the_journal_is_appended_to_and_holds_no_secret(server, out):
     assert b"hush" not in snapshot(out)[1]
 
 
-def torn(journal):
-    """A journal of which the second line has lost its second half."""
-    first, second, *others = [line for line in journal.split(b"\n") if line]
-    return b"\n" + b"\n".join([first, second[: len(second) // 2], *others])
-
-
 # What a crash makes of the part file and the journal, where the transfer then resumes
 # at least, and a word that is said if it does not.
 HALF = 2 * MIB
 CRASHES = {
-    "nothing is lost": (lambda p, j: (p, j), LEAST, ""),
-    "no data": (lambda p, j: (b"", j), 0, None),
     "no part file": (lambda p, j: (None, j), 0, None),
     "no journal": (lambda p, j: (p, None), 0, "journal"),
-    "an empty journal": (lambda p, j: (p, b""), 0, "journal"),
     "journal ahead": (lambda p, j: (p[:HALF], j), HALF - STEP, ""),
     "data ahead": (lambda p, j: (p + pattern(MIB, 3), j), LEAST, ""),
     "zeros at the end": (lambda p, j: (p[:HALF] + bytes(MIB), j), HALF - STEP, ""),
     "zeros for all data": (lambda p, j: (bytes(len(p)), j), 0, "damaged"),
-    "one byte": (lambda p, j: (p[:1], j), 0, "damaged"),
     "half a first line": (lambda p, j: (p, j[:20]), 0, "damaged"),
     "torn last line": (lambda p, j: (p, j[:-9]), LEAST - STEP, ""),
-    "torn line in the middle": (lambda p, j: (p, torn(j)), LEAST, ""),
+    "a torn line": (lambda p, j: (p, j.replace(j.split(b"\n")[2][9:], b"")), LEAST, ""),
     "zeros after the journal": (lambda p, j: (p, j + bytes(4000)), LEAST - STEP, ""),
     "zeros in the journal": (lambda p, j: (p, j[:-99] + bytes(99)), LEAST - STEP, ""),
-    "zeros for the journal": (lambda p, j: (p, bytes(len(j))), 0, "journal"),
     "noise after it": (lambda p, j: (p, j + b"\n" + pattern(300)), LEAST, ""),
     "noise for a journal": (lambda p, j: (p, pattern(3000)), 0, "damaged"),
-    "deep nesting": (lambda p, j: (p, b"[" * 200000 + b"\n" + j), 0, "damaged"),
     "a deep line": (lambda p, j: (p, j + b"\n" + b"[" * 200000), LEAST, ""),
     "other JSON values": (lambda p, j: (p, b"\n[1]\nnull\n7\n"), 0, "damaged"),
     "an old version": (lambda p, j: (p, b'{"block": 0, "begin": 0}\n'), 0, "version"),
@@ -3900,9 +3694,8 @@ CRASHES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(CRASHES))
-def test_a_crash_costs_what_is_not_proven(server, tmp_path, out, name):
-    change, least, word = CRASHES[name]
+@pytest.mark.parametrize("change, least, word", CRASHES.values(), ids=CRASHES)
+def test_a_crash_costs_what_is_not_proven(server, tmp_path, out, change, least, word):
     url = killed(server, out)
     part, journal = change(*snapshot(out))
     restore(out, [part, journal])
@@ -3913,9 +3706,9 @@ def test_a_crash_costs_what_is_not_proven(server, tmp_path, out, name):
     assert least <= first <= len(part or b"")
     if first:
         assert re.search(r"resuming .*out.* %d\b" % first, said), said
+        assert "damaged" not in said
     elif word:
         assert re.search("starting over.*" + word, said), said
-    assert word == "damaged" or "damaged" not in said or first == 0
 
 
 def test_kept_files_that_are_cut_or_damaged_anywhere(server, out):
@@ -3954,14 +3747,13 @@ def test_a_kept_page_of_zeros_is_fetched_again(server, out, data_format, page):
     assert page - STEP <= resume(server, url, out, data) <= page
 
 
-REFUSALS = [Fault(404), Fault(503), Fault(data=b"BAM\1"), Fault(data=b'{"htsget": 7}')]
-REFUSALS += [Fault(data=ticket_json([data_uri(b"x")], format="CRAM")), None]
-
-
-@pytest.mark.parametrize("number", range(len(REFUSALS)))
-def test_a_refusal_leaves_what_was_kept(server, out, number):
+@pytest.mark.parametrize("refusal", [
+    Fault(404), Fault(503), Fault(data=b"BAM\1"), Fault(data=b'{"htsget": 7}'),
+    Fault(data=ticket_json([data_uri(b"x")], format="CRAM")), None,
+])  # fmt: skip
+def test_a_refusal_leaves_what_was_kept(server, out, refusal):
     options = dict(STEADY, data_format="BAM", verify=False, max_retries=0)
-    url, refusal = complete(server), REFUSALS[number]
+    url = complete(server)
     die(url, out, **options)
     routes, before = dict(server.routes), snapshot(out)
     # The ticket request is refused, or that for the data.
@@ -3971,9 +3763,6 @@ def test_a_refusal_leaves_what_was_kept(server, out, number):
     assert refusal is None or snapshot(out) == before
     server.routes.update(routes)
     assert resume(server, url, out, **options) >= LEAST
-
-
-# ---- output and journal: what is resumed
 
 
 def test_another_request_leaves_the_part_file_alone(server, out):
@@ -3988,13 +3777,10 @@ def test_another_request_leaves_the_part_file_alone(server, out):
     assert snapshot(out) == before and server.asked("/file") == []
     assert resume(server, url, out) >= LEAST
     die(url, out)
-    numbers = {os.stat(kept(out)[1]).st_ino}
-
-    def progress(so_far, total):
-        # The journal is the lock: it is emptied, never replaced.
-        numbers.add(os.stat(kept(out)[1]).st_ino)
-
-    other = {"reference_name": "chr2", "resume": False, "progress": progress}
+    numbers, other = {os.stat(kept(out)[1]).st_ino}, {"reference_name": "chr2"}
+    # The journal is the lock: it is emptied, never replaced.
+    other["progress"] = lambda *args: numbers.add(os.stat(kept(out)[1]).st_ino)
+    other["resume"] = False
     assert resume(server, url, out, **other) == 0 and len(numbers) == 1
     die(url, out)
     result = call(url, "-O", out, "--no-resume", "-c", "1")
@@ -4003,17 +3789,16 @@ def test_another_request_leaves_the_part_file_alone(server, out):
 
 
 RANGE = "bytes=0-%d" % (SIZE - 1)
-WITH_HEADER = b"header" + DATA
+WITH_HEADER = b"header" + DATA + b"end"
 RESUMES, OVER, NO_LOGIN = "resuming", "starting over.*ticket.*changed", "login"
 
 
-def two(url, header=b"header", **remote):
-    """A ticket's object: a header and a block of data."""
+def two(url, header=b"header", end=b"end", **remote):
+    """A ticket's object: a block of data between two inline ones."""
     block = dict({"url": url, "headers": {"Range": RANGE}}, **remote)
-    return {"urls": [{"url": data_uri(header)}, block]}
+    return {"urls": [{"url": data_uri(header)}, block, {"url": data_uri(end)}]}
 
 
-# The ticket of a rerun, and what is said about it.
 LOGIN = {"Range": RANGE, "Authorization": "Basic Mg=="}
 HEADER_ONLY = {"urls": [{"url": data_uri(b"header"), "class": "header"}]}
 
@@ -4030,6 +3815,7 @@ RERUNS = {
     "MD5": (lambda url: dict(two(url), md5=hashlib.md5(WITH_HEADER).hexdigest()), OVER),
     "format": (lambda url: dict(two(url), format="X"), OVER),
     "inline data": (lambda url: two(url, b"other!"), OVER),
+    "inline data behind": (lambda url: two(url, end=b"fin"), OVER),
     "fewer blocks": (lambda url: {"urls": two(url)["urls"][1:]}, OVER),
     "an allowed key": (lambda url: dict(two(url), allowed=["chr1"]), NO_LOGIN),
     "only a header": (lambda url: HEADER_ONLY, NO_LOGIN),
@@ -4066,18 +3852,16 @@ def test_the_ticket_of_a_rerun_decides(server, out, name):
 
 @pytest.mark.parametrize("position", [MIB, DIED])
 def test_encrypted_data_of_two_tickets_is_not_joined(server, out, position):
-    file, half = server.at("/file", File(DATA, etag='"1"')), SIZE // 2
+    """A Crypt4GH header, an inline block, is encrypted anew for each ticket."""
+    half = sliced(server.at("/file", File(DATA, etag='"1"')), SIZE, 2)
     inline = [(b"crypt4gh" + pattern(50, n), pattern(70, n)) for n in (1, 2)]
-
-    def blocks(number):
-        first, second = map(data_uri, inline[min(number, 1)])
-        return [first, closed(file, 0, half), second, closed(file, half, SIZE)]
-
-    url = server.ticket(blocks)
+    urls = [[data_uri(a), half[0], data_uri(b), half[1]] for a, b in inline]
+    url = server.ticket(urls.__getitem__)
     die(url, out, position)
-    htsget.get(url, out, **STEADY)
-    is_right = contents(out) in [a + DATA[:half] + b + DATA[half:] for a, b in inline]
-    assert is_right
+    # All inline blocks are kept, or none.
+    first, second = inline[position < SIZE // 2]
+    data = first + DATA[: SIZE // 2] + second + DATA[SIZE // 2 :]
+    assert (resume(server, url, out, data) == 0) == (position == MIB)
 
 
 def given(url, header=b"header", **headers):
@@ -4104,8 +3888,7 @@ GIVEN = {
 @pytest.mark.parametrize("name", sorted(GIVEN))
 def test_given_tickets_share_a_journal_only_if_equivalent(server, out, name):
     first, second, more = GIVEN[name]
-    versions = [pattern(SIZE, 1), pattern(SIZE, 2)]
-    files = [File(data, etag='"1"') for data in versions]
+    files = [File(pattern(SIZE, number), etag='"1"') for number in (1, 2)]
 
     def route(handler):
         words = handler.path + (handler.headers["HtsgetCurrentBlock"] or "")
@@ -4121,9 +3904,9 @@ def test_given_tickets_share_a_journal_only_if_equivalent(server, out, name):
         htsget.get(two, out, **STEADY)
     except FileExistsError:
         assert snapshot(out) == before and not first.startswith("/2")
-        resume(server, one, out, b"header" + versions["2" in first])
+        resume(server, one, out, b"header" + files["2" in first].data)
     else:
-        assert holds(out, more.get("header", b"header") + versions[1])
+        assert holds(out, more.get("header", b"header") + files[1].data)
         has_resumed = begun_at(server, second.split("?")[0]) > 0
         assert has_resumed == first.startswith("/2")
         assert has_resumed or name in ("inline", "header")
@@ -4150,18 +3933,16 @@ def test_a_rerun_after_an_integrity_error_succeeds(server, out, what, is_cut):
     assert resume(server, url, out, data) == 0
 
 
-# ---- output and journal: two transfers and one name
-
-
-DEATHS = [("KILL", -9), ("INT", 130), ("TERM", 143)]
+# ---- output and journal: other processes
 
 
 @needs_posix
-@pytest.mark.parametrize("name, status", DEATHS)
+@pytest.mark.parametrize("name, status", [("KILL", -9), ("INT", 130), ("TERM", 143)])
 def test_kept_files_are_locked_until_a_death_and_named_then(server, out, name, status):
     url = complete(server, faults=[Fault(cut=DIED, stall=True)])
     with running(url, "-O", out) as process:
-        wait_for_file(kept(out)[0], DIED)
+        while len(snapshot(out)[0] or b"") < DIED:
+            time.sleep(0.01)
         for is_resuming in (True, False):
             with pytest.raises(BlockingIOError):
                 htsget.get(url, out, **dict(STEADY, resume=is_resuming))
@@ -4176,20 +3957,18 @@ def test_kept_files_are_locked_until_a_death_and_named_then(server, out, name, s
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore")
 def test_a_forked_process_does_not_keep_the_lock(server, out):
     url, children = complete(server), []
 
-    def progress(so_far, total):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            children.append(os.fork())
-        if children[-1] == 0:
+    def fork():
+        children.append(os.fork())
+        if children[0] == 0:
             time.sleep(2 * PATIENCE)
             os._exit(0)
-        raise Death
 
     with pytest.raises(Death):
-        htsget.get(url, out, progress=progress, **STEADY)
+        htsget.get(url, out, progress=dying_at(0, fork), **STEADY)
     try:
         resume(server, url, out)
     finally:
@@ -4197,35 +3976,27 @@ def test_a_forked_process_does_not_keep_the_lock(server, out):
         os.waitpid(children[0], 0)
 
 
-def replace(name):
-    os.remove(name)
-    rewrite(name, b"other......")
-
-
 # What another process, which no lock has kept away, does to the part file (0) or the
 # journal (1) in the middle of a transfer.
 MEDDLING = {
-    "part file longer": (0, lambda name: rewrite(name, contents(name) + b"x")),
-    "part file shorter": (0, lambda name: os.truncate(name, 500)),
-    "part file removed": (0, os.remove),
-    "part file replaced": (0, replace),
-    "journal longer": (1, lambda name: rewrite(name, contents(name) + b"x")),
-    "journal emptied": (1, lambda name: os.truncate(name, 0)),
-    "journal replaced": (1, replace),
+    "lengthens": lambda name: rewrite(name, contents(name) + b"x"),
+    "shortens": lambda name: os.truncate(name, 9),
+    "removes": os.remove,
+    "replaces": lambda name: (os.remove(name), rewrite(name, b"other")),
 }
 
 
 @needs_posix
-@pytest.mark.parametrize("name", sorted(MEDDLING))
-def test_what_is_renamed_is_what_was_written(server, out, name):
-    number, meddle = MEDDLING[name]
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("what", MEDDLING)
+def test_what_is_renamed_is_what_was_written(server, out, number, what):
     out.write_bytes(b"old")
-    stalled = Stalled(server, out)
-    meddle(kept(out)[number])
-    after = snapshot(out)[number]
-    assert isinstance(stalled.end(), BlockingIOError), stalled.error
-    assert holds(out, b"old")
-    assert "replaced" not in name or snapshot(out)[number] == after
+    url, names = complete(server, pattern(300000)), [kept(out)[number]]
+    progress = {"progress": lambda *args: names and MEDDLING[what](names.pop())}
+    with pytest.raises(BlockingIOError):
+        htsget.get(url, out, **dict(STEADY, **progress))
+    assert holds(out, b"old") and not names
+    assert what != "replaces" or holds(kept(out)[number], b"other")
 
 
 @needs_posix
@@ -4239,20 +4010,6 @@ def test_what_was_renamed_meanwhile_is_not_truncated(server, out, number, is_res
     with pytest.raises(BlockingIOError):
         htsget.get(url, out, **dict(STEADY, resume=is_resuming))
     assert contents(moved).startswith(before) and not out.exists()
-
-
-@needs_posix
-def test_a_run_whose_files_were_removed_leaves_the_next_alone(server, tmp_path, out):
-    one = Stalled(server, out)
-    for name in kept(out):
-        os.remove(name)
-    two = Stalled(server, out, "/other", first=pattern(88888, 7))
-    assert isinstance(one.end(), OSError) and not out.exists()
-    assert two.end() is None and holds(out, two.data)
-    assert os.listdir(str(tmp_path)) == ["out"]
-
-
-# ---- output and journal: what somebody else has put there
 
 
 OBSTACLES = {
@@ -4277,12 +4034,12 @@ def get_or_refuse(server, url, out):
 
 @needs_posix
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("what", sorted(OBSTACLES))
-def test_what_is_no_kept_file_is_no_trap(server, tmp_path, out, what, number):
+@pytest.mark.parametrize("obstruct", OBSTACLES.values(), ids=OBSTACLES)
+def test_what_is_no_kept_file_is_no_trap(server, tmp_path, out, obstruct, number):
     url, target = killed(server, out), str(tmp_path / "was")
     name, before = kept(out)[number], snapshot(out)[number]
     os.rename(name, target)
-    OBSTACLES[what](name, target)
+    obstruct(name, target)
     get_or_refuse(server, url, out)
     assert holds(target, before) and not os.path.exists(target + "x")
 
@@ -4313,7 +4070,7 @@ ENDLESS = [("BAM", BAM[:-28]), ("CRAM", CRAM[:-38]), ("VCF", VCF[:-1])]
 # How data arrives: the size of the ticket's inline blocks (None: all of it in one),
 # and whether the size of everything is announced: where it is not, the last byte comes
 # in a chunked response.
-ARRIVALS = [(None, True), (1, True), (7, True), (1000, True), (None, False), (7, False)]
+ARRIVALS = [(None, True), (1, True), (None, False), (7, False)]
 
 
 @pytest.fixture
@@ -4326,8 +4083,7 @@ def verdict(server, caplog):
         starts = range(0, size, step or size or 1)
         urls = [data_uri(data[n : min(n + (step or size), size)]) for n in starts]
         if not is_announced:
-            rest = Fault(data=data[-1:], framing="chunked")
-            urls.append(server.at("/rest", rest))
+            urls.append(server.at("/rest", Fault(data=data[-1:], framing="chunked")))
         blocks = [htsget.DataBlock(url) for url in urls or ["data:,"]]
         try:
             is_right = fetch(htsget.Ticket(data_format, blocks, md5), **options) == data
@@ -4347,30 +4103,19 @@ def with_subfield(data):
     return header + struct.pack("<H", size + 6) + data[18:]
 
 
-def stored(content):
-    """One BGZF block that is not compressed."""
-    body = b"\1" + struct.pack("<HH", len(content), len(content) ^ 0xFFFF) + content
-    header = bgzf(b"x")[:16] + struct.pack("<H", len(body) + 25)
-    return header + body + struct.pack("<2I", zlib.crc32(content), len(content))
-
-
 RECORDS = bgzf(b"records", eof=False)
 SMALL = bgzf(b"##fileformat=VCFv4.3\n")
 SEVERAL = "(several|more than one).*region"
 
 # Data, its format, and the words of the error, None where it passes.
 CASES = {
-    "BAM": ("BAM", BAM, None),
     "BCF": ("BCF", BCF, None),
-    "compressed VCF": ("VCF", VCF_GZ, None),
-    "VCF": ("VCF", VCF, None),
-    "CRAM 3.0": ("CRAM", CRAM, None),
     "CRAM 3.1": ("CRAM", CRAM.replace(b"\3\0", b"\3\1", 1), None),
     "small letters": ("bam", BAM, None),
     "no format": (None, b"anything", None),
     "no known format": ("OTHER", b"anything", None),
     "further subfields": ("BAM", BAM[:-28] + with_subfield(bgzf(b"records")), None),
-    "not compressed": ("BAM", stored(b"BAM\1abc") + BGZF_EOF, None),
+    "not compressed": ("BAM", bgzf(b"BAM\1abc", level=0), None),
     "two end markers": ("BAM", BAM + BGZF_EOF, None),
     "an end marker, then records": ("BAM", BAM + RECORDS + BGZF_EOF, None),
     "an end marker, then few bytes": ("BAM", BAM + bgzf(b"BAM") + bgzf(b"##f"), None),
@@ -4385,10 +4130,10 @@ CASES = {
     "CRAM for BAM": ("BAM", CRAM, "BAM"),
     "BAM for CRAM": ("CRAM", BAM, "CRAM"),
     "a byte is missing": ("BAM", BAM[:1000] + BAM[1001:], "byte [0-9]+"),
-    "a byte too many": ("BAM", BAM[:1000] + b"x" + BAM[1000:], "byte [0-9]+"),
     "a broken chain, no format": (None, BAM[:1000] + BAM[1001:], "byte [0-9]+"),
     "bytes after the end": ("BAM", BAM + b"x" * 20, "byte %d" % len(BAM)),
     "several BAM": ("BAM", BAM + BAM, SEVERAL),
+    "several BCF": ("BCF", BCF + BCF, SEVERAL),
     "several compressed VCF": ("VCF", VCF_GZ + VCF_GZ, SEVERAL),
     "several CRAM": ("CRAM", CRAM + CRAM, SEVERAL),
     "several VCF": ("VCF", VCF + VCF, SEVERAL),
@@ -4396,7 +4141,7 @@ CASES = {
     "two end markers between": ("BAM", BAM + BGZF_EOF + BAM, SEVERAL),
     "records between": ("BAM", BAM + RECORDS + BGZF_EOF + BAM, SEVERAL),
     "a second header alone": ("BAM", BAM + bgzf(b"BAM\1", eof=False), SEVERAL),
-    "second not compressed": ("BAM", BAM + stored(b"BAM\1") + BGZF_EOF, SEVERAL),
+    "second not compressed": ("BAM", BAM + bgzf(b"BAM\1", level=0), SEVERAL),
     "second with a subfield": ("BAM", BAM + with_subfield(BAM), SEVERAL),
 }
 
@@ -4404,22 +4149,19 @@ CASES = {
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_data_passes_or_is_an_integrity_error(verdict, name):
     data_format, data, words = CASES[name]
-    first = len(data) // 2
-    for arrival in ARRIVALS[: None if data else 1] + [(first, True), (29, True)]:
+    for arrival in ARRIVALS[: None if data else 1] + [(len(data) // 2, True)]:
         result, said = verdict(data, data_format, *arrival)
-        if words is None:
-            assert (result, said) == (PASSES, ""), arrival
-            continue
-        assert result == FAILS and re.search(words, said), (arrival, said)
-        assert verdict(data, data_format, *arrival, verify=False) == (PASSES, "")
+        assert result == (PASSES if words is None else FAILS), (arrival, said)
+        assert re.search(words or "^", said) and (words is not None) == bool(said), said
+    assert verdict(data, data_format, verify=False) == (PASSES, "")
 
 
 CUTS = [("BAM", BAM), ("VCF", bgzf(VCF * 9)), ("CRAM", CRAM), ("VCF", VCF)]
 
 
 def small_blocks(data):
-    """The beginning of BGZF data in blocks of 700 bytes; where they end."""
-    data, edges = bgzf(gzip.decompress(data)[:2500], 700), [0]
+    """The beginning of BGZF data in three blocks of over 1 KiB; where they end."""
+    data, edges = bgzf(gzip.decompress(data)[:3300], 1100, level=0), [0]
     while edges[-1] < len(data):
         edges.append(edges[-1] + struct.unpack_from("<H", data, edges[-1] + 16)[0] + 1)
     return data, edges[1:]
@@ -4433,8 +4175,9 @@ def test_data_that_is_cut_anywhere(verdict, data_format, data, is_announced):
     edges = []
     if data.startswith(b"\x1f"):
         data, edges = small_blocks(data)
-        assert len(edges) == 5 and edges[-1] == len(data)
-    for cut in edges + list(range(30, len(data), 7)) + [len(data)]:
+        assert len(edges) == 4 and edges[-1] == len(data)
+    near = [edge + more for edge in edges[:-1] for more in (0, 1, 17, 18)]
+    for cut in near + [*range(30, len(data), 29), len(data)]:
         is_line = data is VCF and data[cut - 1 : cut] == b"\n"
         expected = WARNED if is_announced else FAILS
         if cut == len(data) or is_line:
@@ -4446,24 +4189,22 @@ def test_data_that_is_cut_anywhere(verdict, data_format, data, is_announced):
         assert found == PASSES or re.search("EOF|end|line feed", said), said
 
 
-FRAMINGS = [("length", "chunked"), ("chunked", "length"), ("close", "close")]
-
-
-@pytest.mark.parametrize("framings", FRAMINGS)
+@pytest.mark.parametrize("framings", [
+    ("length", "chunked"), ("chunked", "length"), ("close", "close"),
+])  # fmt: skip
 @pytest.mark.parametrize("data_format, data", ENDLESS)
-def test_one_block_of_unknown_size_is_enough_to_doubt_the_end(
-    server, caplog, data_format, data, framings
-):
+def test_one_unknown_size_is_a_doubt(server, caplog, data_format, data, framings):
     halves = zip(framings, (data[:500], data[500:]), ("/1", "/2"))
     blocks = [server.at(path, Fault(data=half, framing=f)) for f, half, path in halves]
     url = server.ticket(blocks, format=data_format)
     assert "no-verify" in str(check(htsget.IntegrityError, url))
-    caplog.clear()
-    # A Range announces a size, too.
-    file = server.at("/file", File(data, framing=framings[0]))
-    check(data, server.ticket(sliced(file, len(data), 2), format=data_format))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
+    # A Range announces a size, too, whatever the total.
+    for total in ("size", "slice", "*"):
+        caplog.clear()
+        file = server.at("/file", File(data, framing=framings[0], total=total))
+        check(data, server.ticket(sliced(file, len(data), 2), format=data_format))
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
 
 
 @pytest.mark.parametrize("data_format, data", ENDLESS)
@@ -4476,8 +4217,7 @@ def test_a_header_needs_no_end_marker(server, caplog, data_format, data):
     assert caplog.records == []
     # Records were requested: only their absence is worth a warning.
     check(data, server.ticket([block], format=data_format))
-    (record,) = caplog.records
-    assert "header" in record.getMessage()
+    assert ["header" in record.getMessage() for record in caplog.records] == [True]
     body = {"url": data_uri(b"."), "class": "body"}
     check(htsget.IntegrityError, server.ticket([block, body], format=data_format))
 
@@ -4493,31 +4233,29 @@ def test_any_changed_byte_in_the_chain_is_found(verdict):
         assert place not in header or verdict(bytes(changed), "BAM")[0] == FAILS
 
 
-@pytest.mark.parametrize("arrival", ARRIVALS, ids=str)
-@pytest.mark.parametrize("data_format, data", [("BAM", BAM), (None, pattern(3000))])
-def test_the_md5_of_the_ticket_decides(verdict, data_format, data, arrival):
+@pytest.mark.parametrize("data_format, data", [("BAM", BAM), (None, pattern(300))])
+def test_the_md5_of_the_ticket_decides(verdict, data_format, data):
     wrong = data[:100] + bytes([data[100] ^ 1]) + data[101:]
     right, found = (hashlib.md5(each).hexdigest() for each in (data, wrong))
-    for md5 in (right, right.upper()):
-        assert verdict(data, data_format, *arrival, md5=md5) == (PASSES, "")
-    result, said = verdict(wrong, data_format, *arrival, md5=right)
-    assert result == FAILS and right in said and found in said
-    assert verdict(wrong, None, *arrival, md5=right, verify=False)[0] == PASSES
+    for arrival in ARRIVALS:
+        assert verdict(data, data_format, *arrival, md5=right) == (PASSES, "")
+        result, said = verdict(wrong, data_format, *arrival, md5=right)
+        assert result == FAILS and right in said and found in said
+    assert verdict(data, data_format, md5=right.upper()) == (PASSES, "")
+    assert verdict(wrong, data_format, md5=right, verify=False)[0] == PASSES
 
 
-def test_where_md5_is_forbidden_a_warning_is_given(verdict, monkeypatch):
-    # As under FIPS.
+def test_where_md5_is_forbidden_as_by_fips_is_a_warning(verdict, monkeypatch):
     monkeypatch.setattr(hashlib, "md5", lambda *args, **options: bytes.fromhex("?"))
     result, said = verdict(b"data", None, md5="0" * 32)
     assert result == WARNED and "MD5" in said
 
 
-@pytest.mark.parametrize("data_format", sorted(MAKERS))
-def test_a_file_per_region_is_an_error_for_every_output(server, tmp_path, data_format):
-    data, path = MAKERS[data_format](600), tmp_path / "out"
+def test_a_file_per_region_is_an_error_for_every_output(server, tmp_path):
+    data, path = make_bam(600), tmp_path / "out"
     blocks = [closed(server.at("/1", File(data)), 0, len(data))]
     blocks += sliced(server.at("/2", File(data)), len(data), 2)
-    url = server.ticket(blocks, format=data_format)
+    url = server.ticket(blocks, format="BAM")
     regions = [("chr1", 0, 9), ("chr2", 0, 9)]
     for kind in KINDS:
         check((htsget.IntegrityError, "region"), url, kind, regions=regions)
@@ -4541,13 +4279,12 @@ def test_a_ticket_of_another_format_is_refused_first(server, asked, said):
 CRYPT4GH = b"crypt4gh\1\0\0\0" + pattern(999)
 
 
-@pytest.mark.parametrize("arrival", ARRIVALS, ids=str)
-def test_encrypted_data_passes_with_a_warning(verdict, arrival):
-    result, said = verdict(CRYPT4GH, "BAM", *arrival)
-    assert result == WARNED and re.search("(?i)crypt", said)
-    md5 = hashlib.md5(CRYPT4GH).hexdigest()
-    assert verdict(CRYPT4GH, "BAM", *arrival, md5=md5)[0] == WARNED
-    assert verdict(CRYPT4GH, "BAM", *arrival, md5="0" * 32)[0] == FAILS
+def test_encrypted_data_passes_with_a_warning(verdict):
+    right = hashlib.md5(CRYPT4GH).hexdigest()
+    for arrival, md5 in itertools.product(ARRIVALS, (None, right)):
+        result, said = verdict(CRYPT4GH, "BAM", *arrival, md5=md5)
+        assert result == WARNED and re.search("(?i)crypt", said), arrival
+    assert verdict(CRYPT4GH, "BAM", md5="0" * 32)[0] == FAILS
 
 
 def test_encrypted_data_that_was_requested_passes_without_a_warning(server, caplog):
@@ -4567,18 +4304,6 @@ def test_encrypted_data_that_was_requested_passes_without_a_warning(server, capl
 FIRST, SECOND = pattern(900000, 61), pattern(700000, 62)
 
 
-class Stopped(Exception):
-    """Raised by a progress function of a test."""
-
-
-def stop_at(position):
-    def progress(so_far, total):
-        if so_far >= position:
-            raise Stopped
-
-    return progress
-
-
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_progress_counts_every_byte_once(server, connections, framing):
@@ -4586,29 +4311,23 @@ def test_progress_counts_every_byte_once(server, connections, framing):
     file = File(FIRST, '"1"', framing=framing, faults=[Fault(cut=100000), Fault(503)])
     urls = [data_uri(b"head"), *sliced(server.at("/1", file), len(FIRST), 5)]
     urls += [server.at("/2", File(SECOND, framing=framing)), server.at("/3", b"")]
-    calls = []
-
-    def progress(so_far, total):
-        calls.append((so_far, total))
-
-    data = b"head" + FIRST + SECOND
-    options = {"connections": connections, "progress": progress}
-    check(data, server.ticket(urls), **options)
+    calls, data = [], b"head" + FIRST + SECOND
+    options = {"progress": lambda *args: calls.append(args)}
+    check(data, server.ticket(urls), connections=connections, **options)
     counts = [so_far for so_far, _ in calls]
-    assert counts == sorted(set(counts))
-    assert counts[-1] == len(data)
+    assert counts == sorted(set(counts)) and counts[-1] == len(data)
     assert {total for _, total in calls} <= {None, len(data)}
     # A single block without a Range announces its size, too.
     del calls[:]
-    check(SECOND, server.ticket([server.url + "/2"]), progress=progress)
+    check(SECOND, server.ticket([server.url + "/2"]), **options)
     known = len(SECOND) if framing == "length" else None
     assert {total for _, total in calls[:-1]} <= {known}
 
 
 def test_an_error_of_the_progress_function_ends_the_transfer(server, kind):
     url = server.ticket(sliced(server.at("/b", File(FIRST)), len(FIRST), 9))
-    with pytest.raises(Stopped):
-        fetch(url, kind, progress=stop_at(300000), connections=1)
+    with pytest.raises(Death):
+        fetch(url, kind, progress=dying_at(300000), connections=1)
     assert len(server.asked("/b")) < 9
 
 
@@ -4617,17 +4336,19 @@ def test_a_transfer_that_begins_again_keeps_nothing_of_the_first(server, tmp_pat
     path, options = str(tmp_path / "out"), dict(QUICK, connections=1)
     file = File(FIRST, '"1"')
     url = server.ticket([*sliced(server.at("/b", file), 600000, 3), data_uri(b"end")])
-    with pytest.raises(Stopped):
-        htsget.get(url, path, progress=stop_at(350000), **options)
+    with pytest.raises(Death):
+        htsget.get(url, path, progress=dying_at(350000), **options)
     file.data, file.etag = SECOND, '"2"'
     del server.requests[:]
-    with pytest.raises(Stopped):
+    with pytest.raises(Death):
         # The kept bytes are of another object: all is fetched again.
-        htsget.get(url, path, progress=stop_at(250000), **options)
+        htsget.get(url, path, progress=dying_at(250000), **options)
     assert server.ranges("/b")[-1] == "bytes=200000-399999"
     assert len(server.asked("/reads/x")) == 2
     del server.requests[:]
-    check(SECOND[:600000] + b"end", url, "path", path=path)
+    htsget.get(url, path, **options)
+    is_right = contents(path) == SECOND[:600000] + b"end"
+    assert is_right
     first = int(re.findall(r"\d+", server.ranges("/b")[0])[0])
     assert 200000 <= first <= 400000
     assert len(server.asked("/reads/x")) == 1
@@ -4646,23 +4367,10 @@ def test_a_reader_gets_only_the_first_object(server):
     assert FIRST.startswith(b"".join(delivered))
 
 
-def test_an_output_in_the_middle_is_truncated_to_where_the_data_began(tmp_path):
-    path = tmp_path / "out"
-    for mode, before, left in [("r+b", 3, b"old"), ("ab", 0, b"old content")]:
-        path.write_bytes(b"old content")
-        with Server() as server, open(str(path), mode) as output:
-            output.seek(before)
-            file = File(FIRST, '"1"', faults=[Fault(cut=99999, then=(b"new", '"2"'))])
-            htsget.get(server.ticket([server.at("/b", file)]), output, **QUICK)
-        assert path.read_bytes() == left + b"new"
-
-
-@pytest.mark.parametrize("kind, connections", [("path", 1), ("pipe", 5)])
-@pytest.mark.parametrize(
-    "number, body",
-    [(7, b""), (7, b"shorter"), (0, b"shorter"), (11, b"x" * 99999), (11, b"")],
-    ids=["empty", "short", "first", "long", "last"],
-)
+@pytest.mark.parametrize("kind, connections, number, body", [
+    ("path", 1, 7, b""), ("path", 1, 7, b"shorter"), ("path", 1, 0, b"shorter"),
+    ("path", 1, 11, b"x" * 99999), ("pipe", 5, 7, b"shorter"), ("pipe", 5, 11, b""),
+], ids=["empty", "short", "first", "long", "pipe", "last"])  # fmt: skip
 def test_a_block_that_is_not_its_range(server, kind, connections, number, body):
     """Never a transfer that is complete but for one block."""
     server.latency = 0.02 if connections > 1 else 0
@@ -4676,10 +4384,9 @@ def test_a_block_that_is_not_its_range(server, kind, connections, number, body):
 def test_as_many_blocks_as_there_are(server):
     """Many small blocks, inline and remote, empty ones among them."""
     parts = [pattern(number % 7 * 11, number) for number in range(300)]
-    blocks = [
-        server.at("/%d" % number, part) if number % 3 == 0 else data_uri(part)
-        for number, part in enumerate(parts)
-    ]
+    blocks = [data_uri(part) for part in parts]
+    for number in range(0, 300, 3):
+        blocks[number] = server.at("/%d" % number, parts[number])
     check(b"".join(parts), server.ticket(blocks), "pipe")
     assert len(server.requests) == 101
 
@@ -4687,11 +4394,6 @@ def test_as_many_blocks_as_there_are(server):
 # ---- progress meter and messages
 
 ONCE = ["-M", "0", "-W", "0"]
-
-
-def unescaped(text):
-    """What a terminal might obey."""
-    return re.findall("[^\n\t -~\xa0-\u2027\u202a-\uffff]", text)
 
 
 def on_a_terminal(*args, columns=80, stdout=None):
@@ -4711,7 +4413,17 @@ def on_a_terminal(*args, columns=80, stdout=None):
 def test_the_meter_is_one_line_of_a_terminal(server, tmp_path):
     file = server.at("/b", File(pattern(2 * MIB), rate=8 * MIB))
     args = [server.ticket([data_uri(b"x"), closed(file, 0, 2 * MIB)]), "-c", "1"]
-    status, shown = on_a_terminal("-O", tmp_path / "out.bin", *args)
+
+    def start(row):
+        output, options, *more = row
+        return on_a_terminal("-O", output, *args, *more, **options)
+
+    small, path = {"columns": 20, "stdout": subprocess.DEVNULL}, tmp_path / "out.bin"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        (status, shown), (_, narrow), *unmetered = pool.map(start, [
+            (path, {}), ("-", small), (tmp_path / "1", {}, "--no-progress"),
+            (tmp_path / "2", {}, "-q"),
+        ])  # fmt: skip
     lines = [line for line in shown.split("\r") if "iB of 2.0 MiB" in line]
     meter = r"[\d.]+ [MK]iB of 2\.0 MiB, \d+ %, [\d.]+ [MK]iB/s, 0:(00:)?\d\d left"
     assert status == 0 and lines and re.match(r"out\.bin: " + meter, lines[-1]), shown
@@ -4719,12 +4431,9 @@ def test_the_meter_is_one_line_of_a_terminal(server, tmp_path):
     # The summary is written where the meter was taken off.
     summary = r"\r {40,}\r(htsget: )?out\.bin: 2\.0 MiB in .*/s\).*; nothing .*\s$"
     assert re.search(summary, shown), shown
-    with open(str(tmp_path / "out"), "wb") as stdout:
-        shown = on_a_terminal(*args, columns=20, stdout=stdout)[1]
-    assert re.match("standard output: .{0,3}\r", shown), shown
-    for more in ("--no-progress", "-q"):
-        shown = on_a_terminal("-O", tmp_path / "out", more, *args)[1]
-        assert len(shown.split("\n")) < 3 and "%" not in shown
+    assert re.match("standard output: .{0,3}\r", narrow), narrow
+    for status, shown in unmetered:
+        assert status == 0 and len(shown.split("\n")) < 3 and "%" not in shown
     assert "\r" not in call("-O", tmp_path / "out", *args, "--progress").stderr
 
 
@@ -4749,15 +4458,10 @@ RETRIED = r"cut|ended|closed|shorter|incomplete|missing|too few|of \d+"
 GET = r"GET http://127\.0\.0\.1:\d+/"
 BEGUN, *MORE = (GET + r"b .*bytes=%s-\d+\b.*\b206\b.*\d" % n for n in (0, 1000, r"\d+"))
 VERBOSE = [GET + r"reads/x .*\b200\b.*\bLENGTH$", BEGUN, RETRIED, *MORE, SUMMARY]
-LINES = [
-    (["-q"], []),
-    ([], [RETRIED]),
-    (["-v"], [RETRIED, SUMMARY]),
-    (["-vv"], VERBOSE),
-]
+LINES = [([], [RETRIED]), (["-v"], [RETRIED, SUMMARY]), (["-vv"], VERBOSE)]
 
 
-@pytest.mark.parametrize("args, lines", LINES)
+@pytest.mark.parametrize("args, lines", [(["-q"], []), *LINES])
 def test_a_run_says_as_much_as_it_is_told_to(server, tmp_path, args, lines):
     data = make_bam(1000)
     file = server.at("/b", File(data, faults=[Fault(cut=1000)])) + "?hush"
@@ -4776,11 +4480,10 @@ def test_a_run_says_as_much_as_it_is_told_to(server, tmp_path, args, lines):
 
 
 def test_what_is_kept_and_where_a_run_resumes_are_said(server, tmp_path):
-    data = pattern(300000)
-    faults = [Fault(cut=200000), Fault(cut=50000), None]
+    data, path = pattern(300000), tmp_path / "out"
+    faults = [Fault(cut=200000), Fault(cut=50000)]
     file = server.at("/b", File(data, etag='"x"', faults=faults))
     url = server.ticket([data_uri(b"12345"), closed(file, 0, 300000)])
-    path = tmp_path / "out"
     ticket = server.routes["/reads/x"]
     for status, more in ((75, []), (75, []), (1, ["-b", "t"]), (0, ["-q"])):
         server.at("/reads/x", Fault(401) if status == 1 else ticket)
@@ -4815,27 +4518,21 @@ def test_a_run_without_data_claims_nothing(server, tmp_path, place):
 # or (with "!") has not.
 TOKEN_HINT = r"(^|[ (])-b\b|--bearer-token|HTS_AUTH_LOCATION"
 ID_HINT = "check the id"
-HINTS = [
-    ("ticket", 401, [], TOKEN_HINT),
+
+
+@pytest.mark.parametrize("place, status, args, words", [
+    ("ticket", 401, [], TOKEN_HINT), ("ticket", 403, [], TOKEN_HINT),
     ("ticket", 401, ["-b", "T"], "does not accept"),
     ("ticket", 401, ["-b", "T"], "!" + TOKEN_HINT),
-    ("ticket", 403, [], TOKEN_HINT),
     ("ticket", 403, ["-b", "T"], "login may not read"),
-    ("block", 401, [], "!" + TOKEN_HINT),
+    ("block", 401, [], "!" + TOKEN_HINT), ("file", 403, [], "new ticket"),
     ("block", 403, ["-H", "Authorization: T"], "!login may not|" + TOKEN_HINT),
-    ("ticket", 404, [], ID_HINT),
+    ("ticket", 404, [], ID_HINT), ("ticket", 404, ["--service-info"], "!" + ID_HINT),
     ("ticket", 404, ["-f", "CRAM"], "id.*format|format.*id"),
     ("ticket", 404, ["-r", "chrZ"], "!%s in the URL *$" % ID_HINT),
     ("ticket", 404, ["--region", "chrZ:1-2"], "!%s in the URL *$" % ID_HINT),
-    ("ticket", 404, ["--service-info"], "!" + ID_HINT),
-    ("file", 403, [], "new ticket"),
-]
-
-
-@pytest.mark.parametrize("place, status, args, words", HINTS)
-def test_a_refusal_has_a_hint_where_it_is_true(
-    server, tmp_path, place, status, args, words
-):
+])  # fmt: skip
+def test_a_refusal_has_a_true_hint(server, tmp_path, place, status, args, words):
     error = "NotFound" if status == 404 else "Refused"
     source = server.at("/reads/x", lambda h: h.refuse(status, error, "none"))
     server.at("/reads/service-info", server.routes["/reads/x"])
@@ -4857,11 +4554,6 @@ def test_a_server_that_takes_no_post_is_named(server):
         check((htsget.ClientError, "region"), url, regions=[("1",), ("2",)])
 
 
-def test_htsget_urls_stand_for_https(tls_server, bundle):
-    url = tls_server.ticket([data_uri(b"x")]).replace("https:", "htsget:")
-    assert call(url, "--cacert", bundle, "-O", "-", *ONCE) == (0, b"x", "")
-
-
 def test_an_expiry_is_mentioned_once_a_transfer(server, tmp_path):
     data = pattern(80000)
     file = server.at("/b", File(data, uses=2))
@@ -4871,6 +4563,7 @@ def test_an_expiry_is_mentioned_once_a_transfer(server, tmp_path):
     assert result.stderr.count("expired") <= 1 >= len(result.stderr.splitlines())
 
 
+# What a terminal might obey.
 NASTY = "a\x1b[31m\x9b2J\x07\x7f\x85\u2028z"
 
 
@@ -4883,58 +4576,47 @@ NASTY_TICKET = nasty(htsget={"urls": [], "format": NASTY, "allowed": [NASTY]})
 NASTY_ERROR = {"error": NASTY, "message": NASTY}
 NASTY_PHRASE = b"HTTP/1.1 404 a\x1b[31m\x9bz\r\nContent-Length: 0\r\n\r\n"
 
-# Arguments, and the response.
-ALL_NASTY = [
-    (["--dry-run"], NASTY_TICKET),
-    (["-O", "-"], NASTY_TICKET),
-    (["--service-info"], nasty(name=NASTY, htsget={NASTY: [NASTY]})),
-    (["-O", "-"], nasty(404, htsget=NASTY_ERROR)),
-    (["-O", "-"], nasty(htsget=NASTY_ERROR)),
-    (["-O", "-"], Fault(503, body=NASTY.encode())),
-    (["-O", "-"], Fault(raw=NASTY_PHRASE)),
-]
 
-
-@pytest.mark.parametrize("args, route", ALL_NASTY, ids=range(len(ALL_NASTY)))
-def test_nothing_that_a_server_sent_is_printed_raw(server, args, route):
+@pytest.mark.parametrize("arg, route", [
+    ("--dry-run", NASTY_TICKET), ("-O-", NASTY_TICKET),
+    ("-O-", Fault(503, body=NASTY.encode())), ("-O-", Fault(raw=NASTY_PHRASE)),
+    ("-O-", nasty(404, htsget=NASTY_ERROR)), ("-O-", nasty(htsget=NASTY_ERROR)),
+    ("--service-info", nasty(name=NASTY, htsget={NASTY: [NASTY]})),
+], ids=range(7))  # fmt: skip
+def test_nothing_that_a_server_sent_is_printed_raw(server, arg, route):
     server.at("/reads/service-info", route)
-    result = call(server.at("/reads/x", route), "-vv", *args + ONCE)
-    assert unescaped(result.stdout.decode() + result.stderr) == []
-    if args == ["--service-info"]:
-        sent = route.get("body")
-        assert json.loads(result.stdout.decode()) == json.loads(sent.decode())
+    result = call(server.at("/reads/x", route), "-vv", arg, *ONCE)
+    shown = result.stdout.decode() + result.stderr
+    assert re.findall("[^\n\t -~\xa0-\u2027\u202a-\uffff]", shown) == []
+    if arg == "--service-info":
+        sent = route.get("body").decode()
+        assert json.loads(result.stdout.decode()) == json.loads(sent)
 
 
-# Without the UTF-8 mode that Python 3.7 and later use as a fallback.
-C_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+def test_strings_that_the_locale_cannot_show():
+    def test(server, locale):
+        info = {"id": "x", "name": "Universit\xe4t \u6f22 \u2192", "n": 1}
+        server.at("/reads/service-info", json.dumps(info).encode())
+        result = run(server.url + "/reads", "--service-info", env=locale)
+        assert result.status == 0, result.stderr
+        assert json.loads(result.stdout.decode()) == info
+        server.at("/%FF%E4", lambda h: h.refuse(404, "No", "nicht da: \xe4\u6f22"))
+        url = server.url.encode() + b"/\xff\xe4"
+        result = run(os.fsdecode(url), "-O", "-", env=locale)
+        assert result.status == 1
+        assert re.match("htsget: error: .*nicht da.*\n$", result.stderr), result.stderr
 
-
-@pytest.mark.parametrize("locale", [C_LOCALE, {"PYTHONIOENCODING": "cp1252"}])
-def test_strings_that_the_locale_cannot_show(server, locale):
-    info = {"id": "x", "name": "Universit\xe4t \u6f22 \u2192", "n": 1}
-    server.at("/reads/service-info", json.dumps(info).encode())
-    result = run(server.url + "/reads", "--service-info", env=locale)
-    assert result.status == 0, result.stderr
-    assert json.loads(result.stdout.decode()) == info
-    server.at("/%FF%E4", lambda h: h.refuse(404, "No", "nicht da: \xe4\u6f22"))
-    url = server.url.encode() + b"/\xff\xe4"
-    result = run(os.fsdecode(url), "-O", "-", env=locale)
-    assert result.status == 1
-    assert re.match("htsget: error: .*nicht da.*\n$", result.stderr), result.stderr
-
-
-SERIAL = itertools.count()
+    # Without the UTF-8 mode that Python 3.7 and later use as a fallback.
+    c_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    at_once(test, [c_locale, {"PYTHONIOENCODING": "cp1252"}])
 
 
 def changing_object(handler):
-    File(pattern(20000), etag='"%d"' % next(SERIAL))(handler)
+    File(pattern(20000), etag='"%d"' % len(handler.server.requests))(handler)
 
 
-# A transfer that fails: the route of its block or (with "ticket") its ticket, and the
-# exception.
-LOCATION = "http://u:hush@h:x/?hush"
-OTHER, HTML = {"Content-Range": "bytes 5-5/900"}, {"Content-Type": "text/html"}
-WRONG_MD5 = ticket_json([data_uri(b"x")], md5="0" * 32)
+LOCATION, HTML = {"Location": "http://u:hush@h:x/?hush"}, {"Content-Type": "text/html"}
+OTHER, WRONG_MD5 = {"Content-Range": "bytes 5-5/900"}, ticket_json([], md5="0" * 32)
 # A transfer that fails: the route of its block or (with "ticket") its ticket, and a
 # name of the exception, some of them as 0.2.6 has them.
 FAILURES = {
@@ -4946,10 +4628,7 @@ FAILURES = {
     "empty ticket": (b"", "EmptyTicketError"),
     "refused ticket": (Fault(404, body=b"no"), "ClientError"),
     "busy ticket": (Fault(503, body=b"no"), "ExceptionWrapper"),
-    "redirected ticket": (
-        Fault(302, headers={"Location": LOCATION}),
-        "HtsgetException",
-    ),
+    "redirected ticket": (Fault(302, headers=LOCATION), "HtsgetException"),
     "ticket of wrong MD5": (WRONG_MD5, "IntegrityError"),
     "refused block": (Fault(404, body=b"gone"), "ClientError"),
     "other bytes": (Fault(206, body=b"x", headers=OTHER), "ProtocolError"),
@@ -4972,8 +4651,7 @@ def failing(server, kind):
     if "ticket" in kind:
         return url
     blocks = [closed(url + "?hush", *span) for span in RANGES.get(kind, [])]
-    for _, headers in blocks:
-        headers.update(SECRET)
+    blocks = [(url, dict(SECRET, **headers)) for url, headers in blocks]
     return server.ticket(blocks or [(url + "?hush", SECRET)])
 
 
@@ -4993,10 +4671,9 @@ def test_an_error_holds_no_secret_and_survives_copying(server, caplog, kind):
     caplog.set_level(0, "htsget")
     url = failing(server, kind).replace("//", "//me:hush@") + "?hush"
     options = {"bearer_token": "hush", "headers": {"X-A": "hush"}}
-    options["timeout"] = 0.2 if kind == "silence" else 5
-    found = {}
-    exec("from htsget import %s as error" % FAILURES[kind][1], found)
-    error = check(found["error"], url, max_retries=1, **options)
+    options["timeout"] = 0.1 if kind == "silence" else 5
+    expected = getattr(htsget, FAILURES[kind][1])
+    error = check(expected, url, max_retries=1, **options)
     assert isinstance(error, htsget.HtsgetException)
     assert getattr(htsget, type(error).__name__) is type(error)
     if isinstance(error, htsget.RetryableIOError):
@@ -5047,29 +4724,27 @@ def test_two_copies_do_not_disturb_each_others_logging(server, capfd, caplog):
 # ---- public functions
 
 
-def test_the_signature_of_get_is_that_of_0_2_6():
-    code = htsget.get.__code__
-    names = (
-        "url output reference_name reference_md5 start end fields tags notags"
-        " data_format max_retries retry_wait timeout bearer_token headers"
-    )
-    assert list(code.co_varnames[: code.co_argcount]) == names.split()
+# As in 0.2.6.
+ARGUMENTS = """
+    url output reference_name reference_md5 start end fields tags notags data_format
+    max_retries retry_wait timeout bearer_token headers
+"""
+PUBLIC = """
+    get get_ticket service_info parse_region Region Ticket DataBlock main
+    HtsgetException RequestError ProtocolError IntegrityError ClientError RetryableError
+    RetryableIOError ContentLengthMismatch
+"""
+
+
+def test_the_public_names():
+    """A star import leaves `open` alone."""
+    code, names = htsget.get.__code__, {}
+    assert list(code.co_varnames[: code.co_argcount]) == ARGUMENTS.split()
     assert htsget.get.__defaults__ == (None,) * 8 + (5, 5, 120, None, None)
-
-
-PUBLIC = "get get_ticket service_info parse_region Region Ticket DataBlock main"
-ERRORS = (
-    "HtsgetException RequestError ProtocolError IntegrityError ClientError"
-    " RetryableError RetryableIOError ContentLengthMismatch"
-)
-
-
-def test_a_star_import_brings_the_public_names_and_leaves_open_alone():
-    names = {}
     exec("from htsget import *", names)
-    assert set((PUBLIC + " " + ERRORS).split()) <= set(names)
+    assert set(PUBLIC.split()) <= set(names)
     assert "open" not in names and names["get"] is htsget.get
-    for name in (PUBLIC + " open").split():
+    for name in [*PUBLIC.split(), "open"]:
         assert getattr(htsget, name).__doc__, name
 
 
@@ -5078,27 +4753,26 @@ def test_what_pyega3_calls(server):
     url = server.ticket(sliced(server.at("/b", File(data)), len(data)), format="BAM")
     options = {"data_format": "BAM", "max_retries": sys.maxsize, "retry_wait": 5}
     options.update(reference_md5=None, bearer_token="token")
-    for where in (("chr1", 0, 1000), (None, None, None)):
-        options.update(zip(("reference_name", "start", "end"), where))
-        check(data, url, **options)
+    for name, start, end in (("chr1", 0, 1000), (None, None, None)):
+        check(data, url, reference_name=name, start=start, end=end, **options)
 
 
-@pytest.mark.parametrize("timeout", [(0.05, 9), [9.0, 0.05], (0.05, None), None, 1e300])
+@pytest.mark.parametrize("timeout", [(0.02, 9), [9.0, 0.02], (0.02, None), None, 1e300])
 def test_the_larger_of_a_pair_of_timeouts_holds(server, timeout):
-    server.latency = 0.1
+    server.latency = 0.05
     check(b"x", server.ticket([server.at("/b", File(b"x"))]), timeout=timeout)
-    if timeout == (0.05, 9):
+    if timeout == (0.02, 9):
         url = server.at("/t", Fault(wait=True))
-        check(htsget.RetryableIOError, url, timeout=(0.01, 0.1), max_retries=0)
+        check(htsget.RetryableIOError, url, timeout=(0.01, 0.02), max_retries=0)
 
 
-# The modules of 0.2.6, and how many modules come from outside the standard library.
-IMPORTS = """
+def test_the_modules_of_0_2_6_can_be_imported(server):
+    """And nothing comes from outside the standard library."""
+    code = """
 before = set(sys.modules)
 import htsget.exceptions, htsget.io, htsget.protocol, htsget.cli as cli
 from htsget.cli import htsget_main
 from htsget.exceptions import RetryableIOError
-
 assert RetryableIOError is htsget.RetryableIOError
 assert htsget.io.get is htsget.get
 assert htsget.cli is cli and htsget.protocol
@@ -5106,12 +4780,9 @@ for name in set(sys.modules) - before:
     assert "site-packages" not in (getattr(sys.modules[name], "__file__", "") or "")
 sys.exit(htsget_main())
 """
-
-
-def test_the_modules_of_0_2_6_can_be_imported(server):
-    result = run(server.ticket([data_uri(b"x")]), "-O", "-", code=IMPORTS)
+    result = run(server.ticket([data_uri(b"x")]), "-O", "-", code=code)
     assert result == (0, b"x", "")
-    result = run(server.url + "/nothing", "-O", "-", code=IMPORTS)
+    result = run(server.url + "/nothing", "-O", "-", code=code)
     assert result.status == 1 and len(result.stderr.splitlines()) == 1
 
 
@@ -5145,19 +4816,14 @@ def test_a_stream_gives_lines_while_the_rest_is_not_there_yet(server):
 
 UNMARKED = make_bam(100)[:-28]
 
-# The route of a BAM file, options, and the error at the end of the stream.
-ENDINGS = {
-    "end": (File(UNMARKED, framing="chunked"), {}, htsget.IntegrityError),
-    "unverified": (File(UNMARKED, framing="chunked"), {"verify": False}, None),
-    "refused": (Fault(404), {}, htsget.ClientError),
-    "cut": (Fault(data=UNMARKED, cut=99), {}, htsget.ContentLengthMismatch),
-    "format": (File(make_cram(9)), {}, htsget.IntegrityError),
-}
 
-
-@pytest.mark.parametrize("name", sorted(ENDINGS))
-def test_a_stream_ends_only_when_all_is_verified(server, name):
-    route, options, error = ENDINGS[name]
+@pytest.mark.parametrize("route, options, error", [
+    (File(UNMARKED, framing="chunked"), {}, htsget.IntegrityError),
+    (File(UNMARKED, framing="chunked"), {"verify": False}, None),
+    (Fault(404), {}, htsget.ClientError), (make_cram(9), {}, htsget.IntegrityError),
+    (Fault(data=UNMARKED, cut=99), {}, htsget.ContentLengthMismatch),
+])  # fmt: skip
+def test_a_stream_ends_only_when_all_is_verified(server, route, options, error):
     url = server.ticket([server.at("/b", route)], format="BAM")
     with htsget.open(url, max_retries=0, connections=1, **options) as stream:
         read = b""
@@ -5171,7 +4837,7 @@ def test_a_stream_ends_only_when_all_is_verified(server, name):
                 getattr(stream, method)(9)
 
 
-def test_a_stream_that_cannot_begin_is_an_error_and_no_more(server, monkeypatch):
+def test_a_stream_that_cannot_begin_is_an_error(server, monkeypatch):
     ignored = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append, raising=False)
     for url in (server.url + "/nothing", server.at("/t", b"<html>")):
@@ -5182,11 +4848,11 @@ def test_a_stream_that_cannot_begin_is_an_error_and_no_more(server, monkeypatch)
 
 
 @pytest.mark.parametrize("connections", [1, 4])
-@pytest.mark.parametrize("is_secure", [False, True])
-def test_a_stream_is_closed_while_another_thread_reads(
-    server, tls_server, trusting, is_secure, connections
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_stream_is_closed_by_another_thread(
+    server, tls_server, trusting, tls, connections
 ):
-    origin = tls_server if is_secure else server
+    origin = tls_server if tls else server
     file = origin.at("/b", Fault(data=pattern(99999), cut=65536, stall=True))
     url = origin.ticket([file, origin.at("/c", Fault(wait=True))])
     # Without a timeout, nothing else can end the read.
@@ -5215,46 +4881,40 @@ def test_service_info_is_found_from_every_address(server, path):
     assert request.headers["X-A"] == "1"
 
 
-NO_INFO = [
-    (b"[]", htsget.ProtocolError),
-    (b'{"name": "\xe4"}', htsget.ProtocolError),
-    (Fault(404), htsget.ClientError),
-    (Fault(503), htsget.RetryableIOError),
-]
-
-
-@pytest.mark.parametrize("route, error", NO_INFO)
-def test_a_service_info_that_is_none_is_an_error(server, route, error):
+@pytest.mark.parametrize("route, error, count", [
+    (b"[]", htsget.ProtocolError, 1), (b'{"name": "\xe4"}', htsget.ProtocolError, 1),
+    (Fault(404), htsget.ClientError, 1), (Fault(503), htsget.RetryableIOError, 2),
+])  # fmt: skip
+def test_a_service_info_that_is_none_is_an_error(server, route, error, count):
     url = server.at("/variants/service-info", route)
     with pytest.raises(error):
         htsget.service_info(url, max_retries=1, retry_wait=0)
-    assert len(server.requests) == (2 if error is htsget.RetryableIOError else 1)
+    assert len(server.requests) == count
 
 
 # -- memory and types
 
 
-MEMORY = """
-import os, re
-import htsget
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+@pytest.mark.skipif(PYPY, reason="PyPy collects its garbage later")
+def test_inline_data_takes_little_more_memory_than_the_ticket(server):
+    code = """
+import os, re, htsget
 with open(os.devnull, "wb") as output:
     htsget.get(sys.argv[1], output)
 with open("/proc/self/status") as file:
     print(re.search(r"VmHWM:\\s+(\\d+) kB", file.read()).group(1))
 """
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-@pytest.mark.skipif(PYPY, reason="PyPy collects its garbage later")
-def test_inline_data_takes_little_more_memory_than_the_ticket(server):
     uri = "data:;base64," + "A" * (30 * MIB)
-    result = run(server.at("/t", ticket_json([uri])), code=MEMORY)
+    result = run(server.at("/t", ticket_json([uri])), code=code)
     assert result.status == 0, result.stderr
     assert int(result.stdout) < 120 << 10
 
 
-# Calls of `get` with outputs and, in the last line, with what is none.
-TYPED = """
+def test_usual_outputs_satisfy_the_type_hints(tmp_path):
+    """All but the one in the last line."""
+    pytest.importorskip("mypy")
+    text = """
 import gzip, io, pathlib, sys, tempfile, htsget
 htsget.get("u", gzip.GzipFile("x.gz", "wb"))
 htsget.get("u", tempfile.NamedTemporaryFile())
@@ -5263,23 +4923,20 @@ htsget.get("u", pathlib.Path("x"), headers={"X-A": "1"}, tags=["NM"])
 data: bytes = htsget.open("u").read()
 htsget.get("u", None)
 """
-
-
-def test_usual_outputs_satisfy_the_type_hints(tmp_path):
-    pytest.importorskip("mypy")
-    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "typed.py").write_text(text)
     code = "from mypy.__main__ import console_entry; console_entry()"
     words = ["--strict", "--cache-dir", os.devnull, "--follow-imports=silent"]
     env = {"MYPYPATH": os.path.dirname(PROGRAM)}
-    shown = run(*words, "typed.py", code=code, env=env, cwd=str(tmp_path)).stdout
+    shown = run(*words, tmp_path / "typed.py", code=code, env=env).stdout
     wrong = re.findall(r"typed\.py:(\d+): error", shown.decode())
     assert wrong == ["8"], shown.decode()
 
 
 # ---- command line
 
+
 # Command lines that succeed, with {url} and {out}; the query and headers that are sent.
-ACCEPTED = [
+@pytest.mark.parametrize("line, query, headers", [
     ("{url} -O {out}", "", {}),
     ("--bearer-token T {url} --output {out}", "", {"Authorization": "Bearer T"}),
     ("{url} -O {out} -f bam -r 1", "format=BAM&referenceName=1", {}),
@@ -5293,10 +4950,7 @@ ACCEPTED = [
     ("{url} -O {out} -r HLA-A*01:01", "referenceName=HLA-A*01:01", {}),
     ("{url} --class header -f BAM -O {out}", "class=header&format=BAM", {}),
     ("{url} --region chr1:1-10 -O {out}", "referenceName=chr1&start=0&end=10", {}),
-]
-
-
-@pytest.mark.parametrize("line, query, headers", ACCEPTED)
+])  # fmt: skip
 def test_command_lines_that_are_accepted(server, tmp_path, line, query, headers):
     data = make_bam(100)
     url = server.ticket([server.at("/b", data)], format="BAM")
@@ -5315,46 +4969,33 @@ def test_command_lines_that_are_accepted(server, tmp_path, line, query, headers)
 # Arguments besides -O - and the URL, and what the usage error names. Options of a
 # request do not go with a ticket in a file, `given`.
 USAGE = [
-    (["-s", "5"], "-s/--start -r/--reference-name"),
+    (["-s", "5"], "-s/--start -r/--reference-name"), (["-T", "0"], "-T/--timeout"),
     (["-r", "1", "-s", "5", "-e", "4"], "-s/--start -e/--end"),
-    (["-r", "chr1:100-200"], "--region"),
-    (["-m", "xyz"], "-m/--reference-md5"),
-    (["--class", "header"], "--class -f/--format"),
-    (["--fields", "QNAME,WRONG"], "--fields"),
+    (["-r", "chr1:100-200"], "--region"), (["-m", "xyz"], "-m/--reference-md5"),
+    (["--class", "header"], "--class -f/--format"), (["-b", ""], "-b/--bearer-token"),
+    (["--fields", "QNAME,WRONG"], "--fields"), (["-W", "-1"], "-W/--retry-wait"),
     (["--tags", "NM", "--notags", "NM"], "--tags --notags"),
     (["--region", "1:1-2", "-r", "1"], "--region -r/--reference-name"),
     (["--region", "chr1:%s-2" % ("9" * 5000)], ""),
     (["--region", os.fsdecode(b"chr\xff"), "--region", "2"], ""),
-    (["-T", "0"], "-T/--timeout"),
-    (["-W", "-1"], "-W/--retry-wait"),
-    (["-b", ""], "-b/--bearer-token"),
-    (["-H", "X y: 1"], "-H/--headers"),
-    (["-H", "nonsense"], "-H/--headers"),
-    (["-H", '{"X": 1}'], "-H/--headers"),
-    (["-O", ""], "-O/--output"),
-    (["out.bam"], "-O/--output"),
-    (["--wrong"], "--wrong"),
+    (["-H", "X y: 1"], "-H/--headers"), (["-H", "nonsense"], "-H/--headers"),
+    (["-H", '{"X": 1}'], "-H/--headers"), (["-O", ""], "-O/--output"),
+    (["out.bam"], "-O/--output"), (["--wrong"], "--wrong"),
     (["given", "--region", "1:1-2"], "--region ticket"),
     (["given", "-L", "-"], "-L/--regions-file ticket"),
     (["given", "-b", "hush"], "-b/--bearer-token ticket"),
     (["given", "--bearer-token-file", "t"], "--bearer-token-file ticket"),
     (["given", "-H", "X: hush"], "-H/--headers ticket"),
-] + [
-    # Abbreviations, which Python can forbid from 3.8 on.
-    (["--" + name, "1"], "--" + name)
-    for name in ("regions", "regio", "out", "form", "prog", "quie")
-    if sys.version_info >= (3, 8)
-]
-LIBRARY = (
-    "data_class|data_format|reference_name|reference_md5|bearer_token|max_retries"
-    "|retry_wait|regions_file|None|hush"
-)
+]  # fmt: skip
+# Abbreviations, which Python can forbid from 3.8 on.
+for name in "regions regio out form prog quie".split() * (sys.version_info >= (3, 8)):
+    USAGE.append((["--" + name, "1"], "--" + name))
+# The names of `get`, and a secret.
+LIBRARY = "(data|reference|bearer|max|retry|regions)_[a-z]|None|hush"
 
 
 @pytest.mark.parametrize("args, options", USAGE, ids=range(len(USAGE)))
-def test_a_usage_error_names_the_options_of_the_command_line(
-    server, tmp_path, monkeypatch, args, options
-):
+def test_a_usage_error_names_options(server, tmp_path, monkeypatch, args, options):
     monkeypatch.chdir(str(tmp_path))
     (tmp_path / "given").write_bytes(ticket_json(["data:,x"]))
     args = args if "given" in args else [server.ticket([]), *args]
@@ -5370,16 +5011,12 @@ def test_a_usage_error_names_the_options_of_the_command_line(
 
 
 # A URL (of a server without anything), an output, and what the error says.
-ADDRESSES = [
-    ("{url}/", "-", "/reads/ID.*/variants/ID"),
-    ("{url}", "-", "/reads/ID.*/variants/ID"),
+@pytest.mark.parametrize("url, output, words", [
+    ("{url}/", "-", "/reads/ID.*/variants/ID"), ("{url}", "-", "/reads/ID.*/variants/"),
     ("example.org/reads/x", "-", "https://"),
     ("/nonexistent/ticket.json", "-", "nonexistent/ticket"),
     ("{url}", "{tmp}/no\x1bne/out", r"/no\\x1bne(?!.*\.part)"),
-]
-
-
-@pytest.mark.parametrize("url, output, words", ADDRESSES)
+])  # fmt: skip
 def test_an_address_that_is_none_is_explained(server, tmp_path, url, output, words):
     output = output.format(tmp=tmp_path)
     result = call(url.format(url=server.url), "-O", output)
@@ -5391,23 +5028,15 @@ def test_an_address_that_is_none_is_explained(server, tmp_path, url, output, wor
 
 
 # What a token file has (None: there is none), and the header that is sent.
-TOKEN_FILES = {
-    b"tok": "Bearer tok",
-    b"\xef\xbb\xbfbearer tok\r\n": "Bearer tok",
-    b'\xef\xbb\xbf{"access_token": "Bearer tok", "x": 1}\r\n': "Bearer tok",
-    b"-dash": "Bearer -dash",
-    b"": None,
-    b'{"access_token": null}': None,
-    b'{"access_token": {}}': None,
-    b"hush\nhush": None,
-    None: None,
-}
-
-
-@pytest.mark.parametrize("content", TOKEN_FILES)
+@pytest.mark.parametrize("content, sent", [
+    (b"tok", "Bearer tok"), (b"\xef\xbb\xbfbearer tok\r\n", "Bearer tok"),
+    (b'\xef\xbb\xbf{"access_token": "Bearer tok", "x": 1}\r\n', "Bearer tok"),
+    (b"-dash", "Bearer -dash"), (b"", None), (b'{"access_token": null}', None),
+    (b'{"access_token": {}}', None), (b"hush\nhush", None), (None, None),
+])  # fmt: skip
 @pytest.mark.parametrize("how", ["option", "environment"])
-def test_a_token_comes_from_a_file(server, tmp_path, monkeypatch, content, how):
-    path, sent = tmp_path / "token", TOKEN_FILES[content]
+def test_a_token_comes_from_a_file(server, tmp_path, monkeypatch, content, sent, how):
+    path = tmp_path / "token"
     if content is not None:
         path.write_bytes(content)
     args = [server.ticket([data_uri(b"x")]), "-O", "-"]
@@ -5438,9 +5067,9 @@ def test_a_token_file_is_read_for_each_ticket_request(server, tmp_path):
     assert sent == ["Bearer one", "Bearer two"]
 
 
-@pytest.mark.parametrize(
-    "args", ["--bearer-token=-hush", "-b -hush", "-b --hush", "--bearer-token -hush"]
-)
+@pytest.mark.parametrize("args", [
+    "--bearer-token=-hush", "-b -hush", "-b --hush", "--bearer-token -hush",
+])  # fmt: skip
 def test_a_token_with_a_dash_is_used_or_the_way_is_shown(server, args):
     result = call(server.ticket([data_uri(b"x")]), "-O", "-", *args.split())
     assert "hush" not in result.stderr
@@ -5476,29 +5105,23 @@ def test_several_regions_are_a_post(server, tmp_path, monkeypatch, content, path
     ]
 
 
-# A BED file, and what the error has.
-BED_ERRORS = [
-    (b"chr1\t0\t9\nchr2\t5\n", "2: .*(column|field|end)"),
-    (b"chr1\t0\t9\nchr2\tx\t9", "2: .*(number|integer|digit|start)"),
-    (b"chr1\t0\t9\nchr2\t9\t5", "2: .*(before|greater|end|END)"),
-    (b"chr1\t0\t9\nchr2\t0\t4294967296", r"2: .*(2\*\*32|large|end)"),
-    (b"chr1\t0\t9\nchr2\t0\t" + b"9" * 5000, "2: "),
-    (b"", ""),
-    (b"chr1\t0\t9\n\xff", ""),
-    (None, ""),
-]
-
-
-@pytest.mark.parametrize("content, words", BED_ERRORS, ids=range(len(BED_ERRORS)))
-def test_an_error_in_a_bed_file_is_located(server, tmp_path, content, words):
-    path = tmp_path / "regions.bed"
-    if content is not None:
-        path.write_bytes(content)
-    result = call(server.ticket([]), "-L", path, "-O", "-")
-    (line,) = result.stderr.splitlines()
-    assert result.status == 2 and server.requests == []
-    assert re.search("regions.bed(, line )?.*" + words, line), line
-    assert len(line) < 1000 and "--" not in line
+def test_an_error_in_a_bed_file_is_located(server, tmp_path):
+    """In the second line, or nowhere."""
+    for number, (content, words) in enumerate([
+        (b"chr1\t0\t9\nchr2\t5\n", "2: columns.*START"), (b"", ""), (None, ""),
+        (b"chr1\t0\t9\nchr2\tx\t9", "2: .*integers"), (b"chr1\t0\t9\n\xff", ""),
+        (b"chr1\t0\t9\nchr2\t9\t5", "2: .*START <= END"),
+        (b"chr1\t0\t9\nchr2\t0\t4294967296", r"2: .*2\*\*32"),
+        (b"chr1\t0\t9\nchr2\t0\t" + b"9" * 5000, "2: "),
+    ]):  # fmt: skip
+        path = tmp_path / ("%d.bed" % number)
+        if content is not None:
+            path.write_bytes(content)
+        result = call(server.ticket([]), "-L", path, "-O", "-")
+        (line,) = result.stderr.splitlines()
+        assert result.status == 2 and server.requests == [], line
+        assert re.search(r"\d\.bed(, line )?.*" + words, line), line
+        assert len(line) < 1000 and "--" not in line
 
 
 # -- a ticket in a file, --dry-run, --service-info
@@ -5532,19 +5155,17 @@ def test_a_dry_run_downloads_nothing_and_shows_no_secrets(server, tmp_path):
     assert "not known" in shown and "not given" in shown
 
 
-# What --help says: environment variables, exit statuses, groups.
-HELP = """
-    http_proxy no_proxy ALL_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE
-    CURL_CA_BUNDLE HTS_AUTH_LOCATION HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER .netrc
-    75 129 130 143 request: transfer: output: examples: --reference-name
-"""
-
-
 def test_help_and_version():
+    """Among others, environment variables, exit statuses and groups."""
+    words = """
+        http_proxy no_proxy ALL_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE
+        CURL_CA_BUNDLE HTS_AUTH_LOCATION HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER
+        .netrc 75 129 130 143 request: transfer: output: examples: --reference-name
+    """
     result = call("--help")
     shown = result.stdout.decode()
     assert result.status == 0 and max(map(len, shown.splitlines())) <= 88
-    assert [word for word in HELP.split() if word not in shown] == []
+    assert [word for word in words.split() if word not in shown] == []
     version = ("htsget %s\n" % htsget.__version__).encode()
     assert call("--version") == call("-V") == (0, version, "")
 
@@ -5552,123 +5173,109 @@ def test_help_and_version():
 # -- exit statuses and standard streams
 
 
-def launch(words, **options):
-    """Run a command to its end."""
-    streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    streams.update(stdin=subprocess.DEVNULL, env=child_env())
-    done = subprocess.run(words, **dict(streams, **options))
-    return Result(done.returncode, done.stdout, done.stderr.decode())
-
-
-# A redirection, arguments, the exit statuses that are right, lines of standard error.
+# A redirection, arguments, the exit status, the lines of standard error.
 STREAMS = [
-    (">/dev/full", ["URL"], (75,), 1),
-    (">/dev/full", ["URL", "--dry-run"], (1,), 1),
-    (">/dev/full", ["--help"], (1,), 1),
-    (">/dev/full 2>/dev/full", ["URL"], (75,), 0),
-    (">/dev/full 2>&-", ["URL", "--dry-run"], (1,), 0),
-    ("2>/dev/full", ["NOTHING"], (1,), 0),
-    ("2>/dev/full", ["--wrong"], (2,), 0),
-    ("2>/dev/full", ["URL", "-O", "OUT", "-vv", "--progress"], (0,), 0),
-    ("<&- >&- 2>&-", ["URL", "-O", "OUT", "-vv"], (0,), 0),
-    (">&-", ["URL"], (1, 2), 1),
-    (">&-", ["--dry-run", "URL"], (1, 2), 1),
-    ("<&-", ["URL", "-L", "-"], (2,), 1),
-    ("<&- >&-", ["-"], (2,), 1),
-    ("</dev/null", ["-"], (1,), 1),
-]
+    (">/dev/full", ["URL"], 75, 1), (">/dev/full", ["URL", "--dry-run"], 1, 1),
+    (">/dev/full", ["--help"], 1, 1), (">/dev/full 2>/dev/full", ["URL"], 75, 0),
+    (">/dev/full 2>&-", ["URL", "--dry-run"], 1, 0), ("2>/dev/full", ["--wrong"], 2, 0),
+    ("2>/dev/full", ["NOTHING"], 1, 0), ("<&- >&-", ["-"], 2, 1),
+    ("2>/dev/full", ["URL", "-O", "OUT", "-vv", "--progress"], 0, 0),
+    ("<&- >&- 2>&-", ["URL", "-O", "OUT", "-vv"], 0, 0), (">&-", ["URL"], 2, 1),
+    (">&-", ["--dry-run", "URL"], 1, 1), ("<&-", ["URL", "-L", "-"], 2, 1),
+    ("</dev/null", ["-"], 1, 1),
+]  # fmt: skip
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("redirection, args, statuses, lines", STREAMS)
-def test_standard_streams_that_are_full_or_closed(
-    server, tmp_path, redirection, args, statuses, lines
-):
-    data, out = pattern(30000), tmp_path / "out"
-    file = server.at("/b", File(data, faults=[Fault(503), Fault(cut=9000)]))
-    words = {"URL": server.ticket([file]), "NOTHING": server.url, "OUT": str(out)}
-    args = ["-W", "0"] + [words.get(arg, arg) for arg in args]
-    args += [] if "-vv" in args else ["-q"]
-    script = 'exec "$0" "$@" ' + redirection
-    result = launch(["sh", "-c", script] + command(args))
-    assert result.status in statuses and result.stdout == b"", result
-    assert len(result.stderr.splitlines()) == lines, result.stderr
-    if lines:
-        assert result.stderr.startswith("htsget: error: "), result.stderr
-        assert not re.search("resum|Exception ignored", result.stderr)
-        if 75 in statuses:
-            assert re.search("No space left.*(free|rerun)", result.stderr)
-    is_right = str(out) not in args or contents(out) == data
-    assert is_right
+def test_standard_streams_that_are_full_or_closed(tmp_path):
+    data = pattern(30000)
+
+    def test(server, row):
+        redirection, args, status, lines = row
+        out = tempfile.mktemp(dir=str(tmp_path))
+        file = server.at("/b", File(data, faults=[Fault(503), Fault(cut=9000)]))
+        words = {"URL": server.ticket([file]), "NOTHING": server.url, "OUT": out}
+        args = ["-W", "0"] + [words.get(arg, arg) for arg in args]
+        args += [] if "-vv" in args else ["-q"]
+        script = 'exec "$0" "$@" ' + redirection
+        result = launch(["sh", "-c", script] + command(args))
+        assert result[:2] == (status, b""), (row, result)
+        assert len(result.stderr.splitlines()) == lines, (row, result)
+        if lines:
+            assert result.stderr.startswith("htsget: error: "), (row, result)
+            assert not re.search("resum|Exception ignored", result.stderr), result
+        if lines and status == 75:
+            assert re.search("No space left.*(free|rerun)", result.stderr), result
+        is_right = out not in args or contents(out) == data
+        assert is_right, row
+
+    at_once(test, STREAMS)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_standard_error_that_goes_away_changes_nothing(server, tmp_path, kind):
-    data, go_on = pattern(MIB), threading.Event()
-    file = File(data, faults=[Fault(503), Fault(cut=MIB // 2, stall=go_on)])
-    url = server.ticket([server.at("/b", file)])
-    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
-    args = [url, "-O", tmp_path / "out", "-W", "0", "-vv", "--progress"]
-    with running(*args, stderr=writer) as process:
-        os.close(writer)
-        os.read(reader, 1)
-        os.close(reader)
-        go_on.set()
-        assert process.wait() == 0
-    is_right = contents(tmp_path / "out") == data
-    assert is_right
+def test_a_standard_error_that_goes_away_changes_nothing(tmp_path):
+    data = pattern(MIB)
+
+    def test(server, opened):
+        go_on, (reader, writer) = threading.Event(), opened
+        file = File(data, faults=[Fault(503), Fault(cut=MIB // 2, stall=go_on)])
+        url, path = server.ticket([server.at("/b", file)]), tmp_path / str(reader)
+        words = [url, "-O", path, "-W", "0", "-vv", "--progress"]
+        with running(*words, stderr=writer) as process:
+            os.close(writer)
+            os.read(reader, 1)
+            os.close(reader)
+            go_on.set()
+            assert process.wait() == 0
+        is_right = contents(path) == data
+        assert is_right
+
+    at_once(test, [os.pipe(), os.openpty()])
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["--service-info"]])
-def test_a_broken_pipe_ends_quietly(server, args):
-    url = server.ticket([server.at("/b", pattern(MIB))])
-    server.at("/reads/service-info", b'{"id": "x"}')
+def test_a_broken_pipe_ends_quietly():
     reader, writer = os.pipe()
     os.close(reader)
-    result = run(url, *args, stdout=writer)
+
+    def test(server, args):
+        url = server.ticket([server.at("/b", pattern(MIB))])
+        server.at("/reads/service-info", b'{"id": "x"}')
+        result = run(url, *args, stdout=writer)
+        assert result.status == 141 and not result.stderr, (args, result)
+
+    at_once(test, [[], ["--help"], ["--service-info"]])
     os.close(writer)
-    assert result.status == 141 and not result.stderr
 
 
 # -- signals
 
 
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_signal_before_any_data_ends_a_run(tmp_path):
+    def test(server, row):
+        path, name, status = row
+        url = server.ticket([server.url + "/b"], "/t")
+        server.at(path, Fault(wait=True))
+        with running(url, "-O", tmp_path / name) as process:
+            server.wait_until(lambda s: s.asked(path))
+            (line,) = end_by(process, name).splitlines()
+        assert process.returncode == status and line.startswith("htsget: error: ")
+        assert not re.search(r"kept|resume|\.part", line), line
 
-
-SIGNALS = [("/t", "INT", 130), ("/b", "TERM", 143), ("/b", "HUP", 129)]
-
-
-@needs_signals
-@pytest.mark.parametrize("path, name, status", SIGNALS)
-def test_a_signal_before_any_data_ends_a_run(server, tmp_path, path, name, status):
-    url = server.ticket([server.url + "/b"], "/t")
-    server.at(path, Fault(wait=True))
-    with running(url, "-O", tmp_path / "out") as process:
-        server.wait_until(lambda s: s.asked(path))
-        errors = end_by(process, name)
-    (line,) = errors.splitlines()
-    assert process.returncode == status and line.startswith("htsget: error: ")
-    assert not re.search(r"kept|resume|out\.part", line), line
+    at_once(test, [("/t", "INT", 130), ("/b", "TERM", 143), ("/b", "HUP", 129)])
     assert os.listdir(str(tmp_path)) == []
 
 
-NOHUP = "import htsget, signal; signal.signal(1, signal.SIG_IGN); htsget.main()"
-
-
-@needs_signals
 @pytest.mark.skipif(PYPY, reason="PyPy does not tell that a signal is ignored")
 def test_nohup_is_obeyed(server):
     go_on = threading.Event()
     url = server.ticket([server.at("/b", Fault(body=b"x", wait=go_on))])
-    with running(url, "-O", "-", code=NOHUP) as process:
+    code = "import htsget, signal; signal.signal(1, signal.SIG_IGN); htsget.main()"
+    with running(url, "-O", "-", code=code) as process:
         server.wait_until(lambda s: s.asked("/b"))
         process.send_signal(signal.SIGHUP)
         go_on.set()
         assert process.communicate() == (b"x", b"")
 
 
-@needs_signals
 def test_signals_of_a_program_are_left_as_they_were(server):
     seen, results, url = [], [], server.ticket([data_uri(b"x")])
     before = signal.signal(signal.SIGTERM, lambda *args: seen.append(args))
@@ -5685,60 +5292,36 @@ def test_signals_of_a_program_are_left_as_they_were(server):
 # -- packaging
 
 
-def app(tmp_path):
-    """A zipapp with the file; the words that run it."""
-    (tmp_path / "app").mkdir()
-    shutil.copy(PROGRAM, str(tmp_path / "app" / "htsget.py"))
-    main_text = "import sys\nimport htsget.cli\nsys.exit(htsget.cli.htsget_main())\n"
-    (tmp_path / "app" / "__main__.py").write_text(main_text)
-    zipapp.create_archive(str(tmp_path / "app"), str(tmp_path / "htsget.pyz"))
-    return ["htsget.pyz"]
-
-
-def read_only_folder(tmp_path):
-    """The file in a folder that cannot be written; the words that run it."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    shutil.copy(PROGRAM, str(folder / "htsget.py"))
-    folder.chmod(0o555)
-    return [os.path.join("folder", "htsget.py")]
-
-
-def vendored_copy(tmp_path):
-    """The file in a package, beside another htsget; the words that run it."""
-    vendored, other = tmp_path / "pkg" / "_vendor", tmp_path / "htsget"
-    vendored.mkdir(parents=True)
+def test_the_file_runs_without_being_installed(server, tmp_path):
+    """From a zipapp, in a folder that cannot be written, and in a package, where it
+    leaves the name htsget alone."""
+    app, folder, package, other = [
+        tmp_path / name for name in ("app", "folder", "pkg/_vendor", "htsget")
+    ]
     other.mkdir()
-    for folder in (vendored.parent, vendored):
-        (folder / "__init__.py").write_text("")
-    shutil.copy(PROGRAM, str(vendored / "htsget.py"))
+    for target in (app, folder, package):
+        target.mkdir(parents=True)
+        shutil.copy(PROGRAM, str(target / "htsget.py"))
+    text = "import sys\nimport htsget.cli\nsys.exit(htsget.cli.htsget_main())\n"
+    (app / "__main__.py").write_text(text)
+    zipapp.create_archive(str(app), str(tmp_path / "htsget.pyz"))
+    folder.chmod(0o555)
+    for path in (package.parent, package):
+        (path / "__init__.py").write_text("")
     for name in ("__init__", "io", "cli"):
         (other / (name + ".py")).write_text("other = True\n")
-    return ["-m", "pkg._vendor.htsget"]
-
-
-@pytest.mark.parametrize("install", [app, read_only_folder, vendored_copy])
-def test_the_file_runs_without_being_installed(server, tmp_path, install):
-    words = [sys.executable] + install(tmp_path)
     url = server.ticket([data_uri(b"x")])
-    for address, status, data in ((url, 0, b"x"), (server.url + "/no", 1, b"")):
-        result = launch(words + [address, "-O", "-"], cwd=str(tmp_path), env={})
-        assert (result.status, result.stdout) == (status, data), result.stderr
-        assert len(result.stderr.splitlines()) == status
-
-
-VENDORED = """
+    for words in (["htsget.pyz"], ["folder/htsget.py"], ["-m", "pkg._vendor.htsget"]):
+        words = [sys.executable, *words, url, "-O", "-"]
+        assert launch(words, cwd=str(tmp_path), env={}) == (0, b"x", "")
+    code = """
 import sys; sys.path[0] = '.'
 import pkg._vendor.htsget
 print(sorted(n for n in sys.modules if n.split('.')[0] == 'htsget'))
 import htsget.io, htsget.cli
 print(htsget.other and htsget.io.other and htsget.cli.other)
 """
-
-
-def test_a_vendored_copy_leaves_the_name_htsget_alone(tmp_path):
-    vendored_copy(tmp_path)
-    result = launch([sys.executable, "-c", VENDORED], cwd=str(tmp_path))
+    result = launch([sys.executable, "-c", code], cwd=str(tmp_path))
     assert result == (0, b"[]\nTrue\n", "")
 
 
@@ -5760,20 +5343,15 @@ def test_the_sdist_is_complete(tmp_path):
             is_same = sdist.extractfile(root + name).read() == contents(project / name)
             assert is_same, name
         about = sdist.extractfile(root + "PKG-INFO").read().decode()
-    for line in (
-        "Version: " + htsget.__version__,
-        "License(-Expression)?: MIT",
-        "(Project-URL: .+, |Home-page: )https://.+",
-    ):
+    lines = ["Version: " + htsget.__version__, "License(-Expression)?: MIT"]
+    for line in [*lines, "(Project-URL: .+, |Home-page: )https://.+"]:
         assert re.search("(?m)^%s$" % line, about), line
 
 
 # ---- the random model
 #
 # Random tickets, servers, faults, kills and outputs, each from a seed. What arrives is
-# exactly right, or there is an exception; and it does not take for ever.
-
-# Seconds after which a scenario stands still.
+# exactly right, or there is an exception; a scenario lasts this many seconds at most.
 SCENARIO_LIMIT = 25
 
 
@@ -5793,10 +5371,10 @@ class Versions(File):
     def respond(self, handler, fault):
         with self.lock:
             self.count += 1
-            number = int(self.count > self.change_at)
+            is_second = self.count > self.change_at
             if self.balance:
-                number = int(self.rng.random() < self.balance)
-        data, etag = self.versions[number % len(self.versions)]
+                is_second = self.rng.random() < self.balance
+        data, etag = self.versions[is_second and len(self.versions) > 1]
         changes = dict({"data": data, "etag": etag}, **fault.changes)
         super().respond(handler, Fault(fault.status, **changes))
 
@@ -5813,9 +5391,8 @@ class Scenario:
         self.is_changing = rng.random() < 0.25
         # Faults that a transfer must overcome, and a server that does as it should.
         self.is_benign = not self.is_changing and rng.random() < 0.5
-        self.expires = rng.random() < 0.3
+        self.expires, self.is_slow = rng.random() < 0.3, rng.random() < 0.4
         self.moves = not self.is_changing and rng.random() < 0.5
-        self.is_slow = rng.random() < 0.4
         for node in self.nodes:
             node.latency = rng.choice([0.01, 0.03]) if self.is_slow else 0
         # Functions that make an entry of the nth ticket.
@@ -5828,8 +5405,6 @@ class Scenario:
         self.spoil(rng.choice([0, 1, 2, 4]))
         ticket_faults = [rng.choice([Fault(503), Fault(raw=b"")])] * rng.randrange(2)
         self.url = self.nodes[0].ticket(self.ticket, faults=ticket_faults)
-
-    # What there is.
 
     def add_file(self, path):
         """A file on each node, and blocks of it."""
@@ -5848,6 +5423,10 @@ class Scenario:
             heed, etags, total = "all", ('"1"', '"2"'), "size"
             make = "closed" if make in ("inline", "open") else make
         data = pattern(size, rng.randrange(9))
+        if make == "inline":
+            self.expected.append(("inline", [data[:900]]))
+            self.entries.append(lambda n: data_uri(data[:900]))
+            return
         versions = [(data, etags[0])]
         if self.is_changing:
             sizes = [size, max(1, size // 2), size + 1000]
@@ -5855,16 +5434,10 @@ class Scenario:
         elif rng.random() < 0.2 and not self.is_benign:
             # Nodes with ETags of their own.
             versions.append((data, etags[1]))
-        if make == "inline":
-            data = data[:900]
-            self.expected.append(("inline", [data]))
-            self.entries.append(lambda n: data_uri(data))
-            return
         counts = {"mixed": [1, 2, 3, 4, 5], "crowd": [4], "big": [1, 2]}
         count = rng.choice(counts[self.profile])
         count = 1 if make == "plain" else min(count, size)
-        edges = [size * i // count for i in range(count + 1)]
-        spans = list(zip(edges, edges[1:]))
+        spans = sliced(None, size, count, lambda url, first, stop: (first, stop))
         if make in ("open", "plain"):
             spans[-1] = (spans[-1][0], None)
         options = {
@@ -5907,8 +5480,6 @@ class Scenario:
         elsewhere = [data_uri(b"")] if number and self.is_elsewhere else []
         return elsewhere + [build(number) for build in self.entries]
 
-    # What goes wrong.
-
     def spoil(self, most):
         for file in self.files:
             faults = [self.fault(file) for _ in range(self.rng.randrange(most + 1))]
@@ -5919,13 +5490,11 @@ class Scenario:
 
     def fault(self, file):
         rng, size = self.rng, len(file.versions[0][0])
-        cut = rng.randrange(size)
-        again = {"Retry-After": rng.choice(["0", None])}
+        cut, again = rng.randrange(size), {"Retry-After": rng.choice(["0", None])}
+        busy = Fault(rng.choice([429, 503]), headers=again)
         kinds = [
-            Fault(cut=cut), Fault(cut=cut, reset=True), Fault(cut=0),
+            Fault(cut=cut), Fault(cut=cut, reset=True), Fault(cut=0), busy, busy,
             Fault(rng.choice([500, 502, 503, 504, 408, 429])),
-            Fault(rng.choice([429, 503]), headers=again),
-            Fault(rng.choice([429, 503]), headers=again),
             Fault(raw=rng.choice([b"", b"garbage\r\n\r\n", b"HTTP/1.1 2", b"\0" * 99])),
         ]  # fmt: skip
         if self.seed % 5 == 0:
@@ -5942,18 +5511,12 @@ class Scenario:
             ]  # fmt: skip
         return rng.choice(kinds)
 
-    # What is done.
-
     def run(self):
         """Do it all; whether everything arrived."""
         kinds = ["seekable", "pipe", "stream", "path"] * 5 + ["path"] * 4 + ["child"]
         kind = self.rng.choice(kinds)
-        timeout, connections = (
-            0.3 if self.seed % 5 == 0 else 10,
-            self.rng.choice([1, 2, 4, 8]),
-        )
-        options = {"timeout": timeout, "connections": connections}
-        options.update({"max_retries": 12, "retry_wait": 0})
+        options = {"timeout": 0.3 if self.seed % 5 == 0 else 10, "max_retries": 12}
+        options.update(connections=self.rng.choice([1, 2, 4, 8]), retry_wait=0)
         path = os.path.join(self.folder, "out")
         if kind in ("path", "child"):
             for _ in range(self.rng.randrange(3)):
@@ -5977,24 +5540,20 @@ class Scenario:
         if kind == "stream":
             with htsget.open(self.url, **options) as stream:
                 return stream.read()
-        if kind in ("path", "child"):
-            if not os.path.exists(path):
-                htsget.get(self.url, path, **options)
-            return contents(path)
-        output = Pipe() if kind == "pipe" else io.BytesIO()
-        htsget.get(self.url, output, **options)
-        return output.getvalue()
+        if kind not in ("path", "child"):
+            return fetch(self.url, kind, **options)
+        if not os.path.exists(path):
+            htsget.get(self.url, path, **options)
+        return contents(path)
 
     def check_rerun(self, path, options):
         """After an error, when the servers have recovered."""
         for file in self.files:
             file.faults, file.uses = [], None
-        try:
+        with contextlib.suppress(htsget.HtsgetException):
             htsget.get(self.url, path, **options)
-        except htsget.HtsgetException:
-            assert not os.path.exists(path)
-        else:
-            assert self.is_right(contents(path)), "wrong bytes in a rerun"
+        is_right = not os.path.exists(path) or self.is_right(contents(path))
+        assert is_right, "wrong bytes in a rerun"
 
     def die(self, kind, path, options):
         """A run that ends at a random place; whether it came to its end before."""
@@ -6007,18 +5566,14 @@ class Scenario:
             if so_far >= end:
                 raise Killed
 
-        try:
+        with contextlib.suppress(Killed, htsget.HtsgetException):
             htsget.get(self.url, path, progress=progress, **options)
-        except (Killed, htsget.HtsgetException):
-            assert not os.path.exists(path)
-            return False
-        return True
+        return os.path.exists(path)
 
     def kill_child(self, path, options, end):
         """The same with a process that gets SIGKILL."""
-        code = (
-            "import htsget, json\nhtsget.get(*sys.argv[1:3], **json.loads(sys.argv[3]))"
-        )
+        code = "import htsget, json; url, path, options = sys.argv[1:]\n"
+        code += "htsget.get(url, path, **json.loads(options))"
         limit = self.nodes[0].sent + end
         with running(self.url, path, json.dumps(options), code=code) as process:
             while process.poll() is None and sum(n.sent for n in self.nodes) < limit:
@@ -6033,11 +5588,10 @@ class Scenario:
         if os.path.exists(name) and os.path.getsize(name):
             size = self.rng.randrange(os.path.getsize(name))
             with open(name, "r+b") as file:
-                if self.rng.random() < 0.5:
-                    file.truncate(size)
-                else:
-                    file.seek(size)
-                    file.write(bytes(self.rng.choice([1, 4096])))
+                file.seek(size)
+                file.write(bytes(self.rng.choice([0, 0, 1, 4096])))
+                if file.tell() == size:
+                    file.truncate()
 
     def is_right(self, data):
         """Whether the data is that of all blocks, each object in one version."""
@@ -6045,13 +5599,10 @@ class Scenario:
         for name, versions in self.expected:
             reached = set()
             for position, chosen in states:
-                known = dict(chosen).get(name)
                 for number, expected in enumerate(versions):
-                    is_known = known in (None, number) or versions[known] == expected
-                    if is_known and data.startswith(expected, position):
-                        more = chosen
-                        if known is None and len(versions) > 1:
-                            more = (*chosen, (name, number))
+                    known = dict(chosen).get(name, number)
+                    if known == number and data.startswith(expected, position):
+                        more = tuple(sorted({*chosen, (name, number)}))
                         reached.add((position + len(expected), more))
             states = reached
         return any(position == len(data) for position, _ in states)
@@ -6094,7 +5645,7 @@ def run_model(seconds, seed, workers=4):
 
 
 def test_a_random_model():
-    seconds = float(os.environ.get("HTSGET_MODEL_SECONDS", 2.5))
+    seconds = float(os.environ.get("HTSGET_MODEL_SECONDS", 1.5))
     seed = int(os.environ.get("HTSGET_MODEL_SEED", 1))
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds + 2 * SCENARIO_LIMIT, 5)
@@ -6117,20 +5668,16 @@ if __name__ == "__main__":
 # ---- serve and demo by themselves
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def archive():
-    args = argparse.Namespace(port=0, size=0.1, token="tt", rate=None, fail=5)
-    args.what = "serve"
-    with DemoServer(args) as started:
-        yield started
+    with demo_site(size=0.1, token="tt", fail=5) as site:
+        yield site
 
 
-REFUSED, NINE = htsget.ClientError, ("chr1", 0, 9)
+NINE = ("chr1", 0, 9)
 
 
-@pytest.mark.parametrize(
-    "endpoint, data_format", [("reads", "BAM"), ("variants", "VCF")]
-)
+@pytest.mark.parametrize("endpoint, form", [("reads", "BAM"), ("variants", "VCF")])
 @pytest.mark.parametrize("name, options, expected", [
     ("demo", {}, "all"), ("demo", {"data_class": "header"}, "header"),
     ("demo", {"reference_name": "chr1", "start": 0, "end": 300000}, "some"),
@@ -6139,13 +5686,13 @@ REFUSED, NINE = htsget.ClientError, ("chr1", 0, 9)
     ("s3", {}, "all"), ("restricted", {}, "some"),
     ("several", {"regions": [NINE]}, "some"),
     ("several", {"regions": [NINE, NINE]}, htsget.IntegrityError),
-    ("demo", {"reference_name": "chr2"}, REFUSED),
-    ("demo", {"data_format": "CRAM"}, REFUSED),
-    ("demo", {"bearer_token": "o"}, REFUSED),
-    ("demo", {"bearer_token": None}, REFUSED), ("other", {}, REFUSED),
+    ("demo", {"reference_name": "chr2"}, htsget.ClientError),
+    ("demo", {"data_format": "CRAM"}, htsget.ClientError),
+    ("demo", {"bearer_token": "o"}, htsget.ClientError),
+    ("demo", {"bearer_token": None}, htsget.ClientError), ("other", {}, htsget.ClientError),
 ])  # fmt: skip
-def test_what_serve_has(archive, endpoint, data_format, name, options, expected):
-    options = dict({"bearer_token": "tt", "data_format": data_format}, **options)
+def test_what_serve_has(archive, endpoint, form, name, options, expected):
+    options = dict({"bearer_token": "tt", "data_format": form}, **options)
     url, served = "%s/%s/%s" % (archive.url, endpoint, name), archive.archives[endpoint]
     if not isinstance(expected, str):
         check(expected, url, **options)
@@ -6162,7 +5709,7 @@ def test_serve_and_demo_as_programs(archive, tmp_path):
     path = os.path.abspath(sys.modules[Server.__module__].__file__)
     env = child_env({"PYTHONPATH": os.path.dirname(PROGRAM)})
     words = [sys.executable, "-B", "-u", path]
-    demo = [*words, "demo", "--size", "1.5", "--rate", "1500000"]
+    demo = [*words, "demo", "--size", "0.6", "--rate", "1500000"]
     more = {"env": env, "cwd": str(tmp_path), "stdout": subprocess.PIPE}
     with subprocess.Popen([*words, "serve", "--size", "0.1"], **more) as process:
         first = process.stdout.readline().decode()
@@ -6202,32 +5749,22 @@ EXAMPLES = [
 TRANSCRIPTS = [block for block in readme_blocks() if block.startswith("$ ")]
 
 
-def first_line(value):
-    return str(value).split("\n")[0][:40]
-
-
 def example_with(word):
     """The language and the text of the example that has such a word."""
     return next(example for example in EXAMPLES if word in example[1])
 
 
-def skip_without_tools(text):
-    """Skip unless all is there that an example needs."""
+def missing_tools(text):
+    """What an example needs that is not there."""
     modules = re.findall(r"^ *(?:import|from) (\w+)", text, re.M)
     gone = [m for m in modules if m != "htsget" and not importlib.util.find_spec(m)]
     programs = ["bash"] + [p for p in ("samtools", "snakemake") if p + " " in text]
-    gone += [p for p in programs if shutil.which(p) is None]
-    if gone:
-        pytest.skip("needs " + ", ".join(gone))
+    return gone + [p for p in programs if shutil.which(p) is None]
 
 
-@contextlib.contextmanager
-def demo_site(**options):
-    """What `serve` serves, but small."""
-    args = argparse.Namespace(what="serve", port=0, token=None, rate=None, fail=0)
-    vars(args).update({"size": 0.02}, **options)
-    with DemoServer(args) as started:
-        yield started
+def skip_without_tools(text):
+    if missing_tools(text):
+        pytest.skip("needs " + ", ".join(missing_tools(text)))
 
 
 def write_program(folder, name, text):
@@ -6243,9 +5780,9 @@ def desk(tmp_path, monkeypatch):
     programs, folder = tmp_path / "bin", tmp_path / "work"
     programs.mkdir()
     folder.mkdir()
-    words = " ".join(map(shlex.quote, [sys.executable, PROGRAM]))
-    write_program(programs, "python3", 'exec %s "$@"' % shlex.quote(sys.executable))
-    write_program(programs, "htsget", 'exec %s "$@"' % words)
+    python, program = map(shlex.quote, [sys.executable, PROGRAM])
+    write_program(programs, "python3", 'exec %s "$@"' % python)
+    write_program(programs, "htsget", 'exec %s %s "$@"' % (python, program))
     write_program(programs, "crypt4gh", "exec cat")
     write_program(programs, "scontrol", 'echo "$@" >> requeued')
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
@@ -6257,16 +5794,8 @@ def desk(tmp_path, monkeypatch):
 
 def run_in(folder, words, **environment):
     """Status, standard output and standard error of a command."""
-    done = subprocess.run(
-        words,
-        cwd=str(folder),
-        env=child_env(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=25,
-    )
-    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+    done = launch(words, cwd=str(folder), env=child_env(environment), timeout=25)
+    return done._replace(stdout=done.stdout.decode())
 
 
 def run_example(example, folder, url, **environment):
@@ -6282,14 +5811,17 @@ def run_example(example, folder, url, **environment):
     return run_in(folder, words + ["example"], **environment)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: first_line(e[1]))
-def test_what_the_readme_shows_works(desk, example):
-    skip_without_tools(example[1])
-    with demo_site() as site:
-        result = run_example(example, desk, site.url)
-        assert result.status == 0, result
-        assert bool(site.requests) == ("example.org" in example[1])
-    assert not list(desk.glob("*.part*")) and not list(desk.glob("requeued"))
+def test_what_the_readme_shows_works(desk):
+    def test(_, example):
+        folder = desk.parent / ("example%d" % EXAMPLES.index(example))
+        shutil.copytree(str(desk), str(folder))
+        with demo_site() as site:
+            result = run_example(example, folder, site.url)
+            assert result.status == 0, (example, result)
+            assert bool(site.requests) == ("example.org" in example[1])
+        assert not list(folder.glob("*.part*")) and not list(folder.glob("requeued"))
+
+    at_once(test, [e for e in EXAMPLES if not missing_tools(e[1])])
 
 
 def masked(text, folder):
@@ -6298,47 +5830,40 @@ def masked(text, folder):
     return re.sub(r"\d[\d.]* (bytes|[KMGT]iB)|\d[\d.]*", "N", text)
 
 
-def run_killed(words, folder, part):
+def run_killed(words, folder):
     """Standard error of a command that is terminated once its output has begun."""
-    with subprocess.Popen(
-        words, cwd=str(folder), env=child_env(), stderr=subprocess.PIPE
-    ) as process:
+    part, more = folder / (words[-1] + ".part"), {"stderr": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=str(folder), env=child_env(), **more) as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.01)
         return end_by(process, "TERM")
 
 
-@pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=first_line)
+@pytest.mark.parametrize("transcript", TRANSCRIPTS)
 def test_the_readme_shows_what_is_printed(desk, transcript):
     skip_without_tools("")
     folder = os.path.realpath(str(desk))
-    with demo_site(size=0.3, rate=400000) as site:
+    with demo_site(size=0.2, rate=400000) as site:
         shown = ""
         for line in re.findall(r"(?m)^\$ (.*)$", transcript):
             words = shlex.split(line.replace("https://example.org", site.url))
+            shown += "$ %s\n" % line
             if words[0] == "timeout":
-                part = desk / (words[-1] + ".part")
-                shown += "$ %s\n" % line + run_killed(words[2:], desk, part)
+                shown += run_killed(words[2:], desk)
             else:
                 result = run_in(desk, words)
                 assert result.status == 0, result
-                shown += "$ %s\n" % line + result.stdout + result.stderr
+                shown += result.stdout + result.stderr
     assert masked(shown, folder) == masked(transcript + "\n", folder)
 
 
-@pytest.mark.parametrize(
-    "example",
-    [example_with("pipefail"), example_with("Popen")],
-    ids=["samtools", "pysam"],
-)
-@pytest.mark.parametrize(
-    "first", [b"", make_bam(9), pattern(1 << 20)], ids=["nothing", "BAM", "garbage"]
-)
-def test_a_recipe_with_a_pipe_fails_when_the_data_does(desk, server, example, first):
-    skip_without_tools(example[1])
-    server.ticket([data_uri(first), server.url + "/gone"], path="/reads/demo")
-    result = run_example(example, desk, server.url)
-    assert result.status != 0, result
+@pytest.mark.parametrize("word", ["pipefail", "Popen"])
+def test_a_recipe_with_a_pipe_fails_when_the_data_does(desk, server, word):
+    skip_without_tools(example_with(word)[1])
+    for first in (b"", make_bam(9), pattern(1 << 20)):
+        server.ticket([data_uri(first), server.url + "/gone"], path="/reads/demo")
+        result = run_example(example_with(word), desk, server.url)
+        assert result.status != 0, result
 
 
 def test_the_recipe_for_several_regions_stops_at_an_error(desk):
@@ -6370,21 +5895,17 @@ def test_the_snakefile_works(desk):
         assert contents(desk / "chr1.bam") == site.archives["reads"].data
 
 
-@pytest.mark.parametrize(
-    "status, restarts, requeued",
-    [(0, "0", 0), (1, "0", 0), (75, "", 1), (75, "4", 1), (75, "5", 0)],
-)
-def test_slurm_requeues_a_task_that_gave_up_but_not_for_ever(
-    desk, status, restarts, requeued
-):
+def test_slurm_requeues_a_task_that_gave_up_but_not_for_ever(desk):
     skip_without_tools("")
-    write_program(desk.parent / "bin", "htsget", "exit %d" % status)
-    restarts = {"SLURM_RESTART_COUNT": restarts}
-    result = run_example(example_with("#SBATCH"), desk, "", **restarts)
-    assert result.status == status
     log = desk / "requeued"
-    lines = log.read_text().splitlines() if log.exists() else []
-    assert lines == ["requeue 7_1"] * requeued
+    rows = [(0, "0", 0), (1, "0", 0), (75, "", 1), (75, "4", 1), (75, "5", 0)]
+    for status, restarts, requeued in rows:
+        log.write_text("")
+        write_program(desk.parent / "bin", "htsget", "exit %d" % status)
+        restarts = {"SLURM_RESTART_COUNT": restarts}
+        result = run_example(example_with("#SBATCH"), desk, "", **restarts)
+        assert result.status == status
+        assert log.read_text() == "requeue 7_1\n" * requeued
 
 
 def test_a_vendored_copy_needs_no_other_file(desk):
@@ -6434,16 +5955,13 @@ def test_the_readme_selects_tests_that_exist():
 
 def name_sections():
     """Let `-k section_transport` select the tests under that heading."""
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
-        lines, names = file.read().splitlines(), {}
-    section = ""
-    for number, line in enumerate(lines, 1):
-        if line.startswith("# ---- "):
-            section = "section_" + line[7:].strip().replace(" ", "_")
-        names[number] = section
+    lines = enumerate(contents(__file__).decode().splitlines(), 1)
+    headings = [(number, line[7:]) for number, line in lines if line[:7] == "# ---- "]
     for name, function in list(globals().items()):
         if name.startswith("test_"):
-            setattr(function, names[function.__code__.co_firstlineno], True)
+            first = function.__code__.co_firstlineno
+            heading = [text for number, text in headings if number < first][-1]
+            setattr(function, "section_" + heading.replace(" ", "_"), True)
 
 
 name_sections()
