@@ -3253,14 +3253,14 @@ def resume(server, source, path, data=DATA, **options):
     return begun_at(server)
 
 
-def taking(base=object, most=999, returned=int):
+def taking(base=object, most=999, returned=int, **more):
     """An output that takes at most so many bytes at a time."""
 
     def write(self, data):
         self.data += bytes(data[:most])
         return returned(min(len(data), most))
 
-    more = {"data": b"", "write": write, "writable": lambda self: True}
+    more.update(data=b"", write=write, writable=lambda self: True)
     return type("Output", (base,), more)()
 
 
@@ -3291,6 +3291,11 @@ def test_short_writes_are_completed_and_errors_are_raised(server, output, error)
     is_refused = isinstance(caught.value, ValueError)
     assert is_refused or not isinstance(caught.value, htsget.HtsgetException)
     assert len(server.requests) == (0 if is_refused else 2)
+
+
+def test_what_a_flush_says_is_an_error(server):
+    with pytest.raises(TimeoutError):
+        htsget.get(server.ticket([data_uri(b"x")]), taking(flush=time_out))
 
 
 @pytest.mark.skipif(not hasattr(os, "set_blocking"), reason="needs set_blocking")
@@ -3633,6 +3638,24 @@ def test_deaths_one_after_the_other_lose_nothing(server, out):
             journal.write(b'\n{"block": 0, "offs')
         least = max(0, position - STEP)
     assert resume(server, url, out) >= least
+
+
+def test_checkpoints_beyond_a_damage_do_not_count_again(server, out):
+    url = killed(server, out)
+    part, journal = snapshot(out)
+    restore(out, [part[: 3 * MIB // 2] + bytes(9) + part[3 * MIB // 2 + 9 :], journal])
+    die(url, out, SIZE - 9)
+    assert resume(server, url, out) >= SIZE - STEP
+
+
+def test_a_rerun_knows_each_object(server, out):
+    """Also one that was seen after the first checkpoint, and is replaced then."""
+    new, paths = pattern(SIZE, 32), ("/first", "/file")
+    urls = [server.at(path, File(DATA, '"%s"' % path)) for path in paths]
+    url = server.ticket([closed(url, 0, SIZE) for url in urls])
+    die(url, out, SIZE + DIED)
+    server.at("/file", File(new, '"3"'))
+    resume(server, url, out, DATA + new)
 
 
 def test_a_slow_transfer_has_a_checkpoint_each_second(server, out, monkeypatch):
@@ -5177,6 +5200,7 @@ def test_help_and_version():
 STREAMS = [
     (">/dev/full", ["URL"], 75, 1), (">/dev/full", ["URL", "--dry-run"], 1, 1),
     (">/dev/full", ["--help"], 1, 1), (">/dev/full 2>/dev/full", ["URL"], 75, 0),
+    (">/dev/full", ["--version"], 1, 1), (">/dev/full", ["URL", "--service-info"], 1, 1),
     (">/dev/full 2>&-", ["URL", "--dry-run"], 1, 0), ("2>/dev/full", ["--wrong"], 2, 0),
     ("2>/dev/full", ["NOTHING"], 1, 0), ("<&- >&-", ["-"], 2, 1),
     ("2>/dev/full", ["URL", "-O", "OUT", "-vv", "--progress"], 0, 0),
@@ -5194,6 +5218,7 @@ def test_standard_streams_that_are_full_or_closed(tmp_path):
         redirection, args, status, lines = row
         out = tempfile.mktemp(dir=str(tmp_path))
         file = server.at("/b", File(data, faults=[Fault(503), Fault(cut=9000)]))
+        server.at("/reads/service-info", b'{"id": "x"}')
         words = {"URL": server.ticket([file]), "NOTHING": server.url, "OUT": out}
         args = ["-W", "0"] + [words.get(arg, arg) for arg in args]
         args += [] if "-vv" in args else ["-q"]
