@@ -2549,7 +2549,7 @@ def test_a_url_that_is_refused_for_good(server):
 
 HEAD, BODY_CLASS = data_uri(b"head"), {"url": "@", "class": "body"}
 EQUIVALENT = {
-    # Ticket and renewed ticket, with @ for the block's URL; what the latter is.
+    # Ticket and renewed ticket (@: the block's URL, @@: another node's); what that is.
     "the same": (["@"], ["@"], True),
     "another signature": (["@?X-Amz-X=1&a=1"] * 2, ["@?X-Amz-X=2&a=1"] * 2, True),
     "another token": (["@?token=1"] * 2, ["@"] * 2, True),
@@ -2562,6 +2562,7 @@ EQUIVALENT = {
     ),
     "a single block, another path": (["@"], ["@2"], True),
     "another path": (["@"] * 2, ["@2"] * 2, False),
+    "another node": (["@"] * 2, ["@@"] * 2, True),
     "another path with a Range": (
         [closed("@", 0, 300000)] * 2, [closed("@2", 0, 300000)] * 2, True,
     ),
@@ -2587,6 +2588,7 @@ def test_a_renewed_ticket_is_used_if_it_is_equivalent(server, name, kind):
 
     def ticket(number, path):
         text = json.dumps(tickets[min(number, 1)])
+        text = text.replace("@@", "http://localhost:%d%s" % (server.port, path))
         return json.loads(text.replace("@", server.url + path))
 
     for path in ("/b", "/b2", "/c", "/c2"):
@@ -4490,7 +4492,7 @@ LINES = [([], [RETRIED]), (["-v"], [RETRIED, SUMMARY]), (["-vv"], VERBOSE)]
 
 @pytest.mark.parametrize("args, lines", [(["-q"], []), *LINES])
 def test_a_run_says_as_much_as_it_is_told_to(server, tmp_path, args, lines):
-    data = make_bam(1000)
+    data = make_bam(14000)
     file = server.at("/b", File(data, faults=[Fault(cut=1000)])) + "?hush"
     blocks, md5 = sliced(file, len(data), 2), hashlib.md5(data).hexdigest()
     url = server.ticket(blocks, format="BAM", md5=md5) + "?hush"
