@@ -136,14 +136,12 @@ _PROGRESS = 1 << 16
 _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 3600.0
 _LONGEST_TIMEOUT = 2e6
-# Progress meter: seconds between updates on a terminal and elsewhere; seconds over
-# which the rate is averaged.
+# Progress meter: seconds between updates on a terminal and elsewhere, and of its rate.
 _METER_TERMINAL = 0.2
 _METER_LOG = 30.0
 _METER_SPAN = 5.0
 # A disk or quota without room: a rerun resumes once there is some.
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-
 
 # Bytes of a read: larger buffers are allocated by mmap, with page faults each time.
 _CHUNK = 1 << 18
@@ -157,7 +155,6 @@ _ERROR_LIMIT = 1 << 16
 _TICKET_LIMIT = 64 << 20
 # Statuses that a later attempt may overcome; 520 to 529 are those of CDNs.
 _RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
-
 
 # How many replicas behind a load balancer are tried for an object.
 _REPLICA_ATTEMPTS = 10
@@ -174,8 +171,7 @@ _FRAMING_HEADERS = set(
     "accept-encoding connection content-length expect keep-alive te transfer-encoding"
     " upgrade".split()
 )
-# The window: bytes per connection and in all; the size of the first cut and of the
-# smallest one, which is worth a request.
+# The window: bytes per connection and in all; the first cut, and the smallest.
 _WINDOW_EACH = 8 << 20
 _WINDOW_MOST = 64 << 20
 _FIRST_CUT = 1 << 20
@@ -188,7 +184,6 @@ _STARVED = 3.0
 _POLL = 0.25
 # Memory that a chunk takes besides its data, in bytes.
 _CHUNK_OVERHEAD = 250
-
 
 # The journal's checkpoints are so many bytes (1 MiB, less a chunk) or seconds apart,
 # whichever is less, but at least 1/1024 of the file: for 1 TB the journal has 1.5 MB.
@@ -2009,45 +2004,52 @@ class _Places:
         self._used = 0
         # Counts reductions of the limit.
         self._reductions = 0
-        # The part whose data the caller needs next.
+        # The part whose data the caller needs next; whether only it gets a place.
         self.due: Optional[_Part] = None
-        self._is_due_waiting = False
+        self._is_for_due = False
         self._freed = threading.Condition()
 
     def prefer(self, part: "_Part") -> None:
-        self.due = part
+        with self._freed:
+            self.due = part
+            self._freed.notify_all()
 
     @contextlib.contextmanager
-    def hold(self, part: "_Part") -> Iterator[int]:
-        """Hold a place once there is one; gives the number of reductions until then."""
+    def hold(self, part: "_Part") -> Iterator[Tuple[int, int]]:
+        """Hold a place; gives the numbers of reductions and of requests in flight."""
         with self._freed:
             is_due = part is self.due
-            while self._used >= self.allowed or (self._is_due_waiting and not is_due):
-                self._is_due_waiting = self._is_due_waiting or is_due
+            while self._used >= self.allowed or (self._is_for_due and not is_due):
+                self._is_for_due = self._is_for_due or is_due
                 self._freed.wait(_POLL)
                 self._transport.wait(0)
                 is_due = part is self.due
-            self._is_due_waiting = self._is_due_waiting and not is_due
+            self._is_for_due = self.allowed == 1 or (self._is_for_due and not is_due)
+            self._freed.notify_all()
             self._used += 1
-            number = self._reductions
+            numbers = self._reductions, self._used
         try:
-            yield number
+            yield numbers
         finally:
             with self._freed:
                 self._used -= 1
                 self._freed.notify_all()
 
-    def reduce(self, number: Optional[int] = None) -> bool:
-        """Allow one request fewer than are in flight (without the `number` of a refused
-        request: than now); return False if the refusal is not due to too many."""
+    def reduce(self) -> None:
         with self._freed:
-            if number is not None and (number < self._reductions or self._used < 2):
-                return number < self._reductions
-            most = self.allowed if number is None else self._used
             self._reductions += self.allowed > 1
-            self.allowed = max(1, min(self.allowed, most - 1))
+            self.allowed = max(1, self.allowed - 1)
             self._transport.limit(self.allowed)
-            return True
+
+    def refuse(self, number: int, used: int) -> int:
+        """After a refusal, allow one request fewer than were in flight, unless fewer are
+        allowed since the request. Returns 2 if the part has to wait for a place now, 1
+        if fewer are allowed, 0 if there were not too many."""
+        with self._freed:
+            if number == self._reductions and max(used, self._used) > 1:
+                self.allowed = min(self.allowed, max(used, self._used))
+                self.reduce()
+            return (number < self._reductions) + (self._used > self.allowed)
 
 
 class _Transfer:
@@ -2106,8 +2108,7 @@ class _Part:
         self.start = start
         self.end = end
         self.position = start + kept[0]
-        # When the part began to lack a response (time.monotonic), None while it has
-        # one; and how many requests it has made.
+        # Since when it lacks a response (time.monotonic, or None); its requests so far.
         self.idle_since: Optional[float] = time.monotonic()
         self.requests = 0
         self._transfer = transfer
@@ -2116,9 +2117,9 @@ class _Part:
         self._crc = kept[1] if start == 0 else None
         # What has gone wrong, each kind in a row, since data came last.
         self._trouble: Dict[str, int] = collections.Counter()
-        # The last request, and the places' number of reductions before it.
+        # The last request, and what the places had when it was sent.
         self._ask: Any = None
-        self._number = 0
+        self._numbers = 0, 0
 
     def limit(self) -> Optional[int]:
         end, size = self.end, self.block.size
@@ -2160,7 +2161,7 @@ class _Part:
         if block.data is not None:
             yield block.data[self.position :]
             return
-        with self._transfer.places.hold(self) as self._number:
+        with self._transfer.places.hold(self) as self._numbers:
             # If-Range makes a replica with another ETag send the whole object.
             if_range = not trouble["full"]
             ask = _ask_for(block, self.position, self.limit(), if_range)
@@ -2181,7 +2182,7 @@ class _Part:
         block = self.block
         if response.status not in (200, 206):
             if response.status in _CROWDED_STATUS:
-                self._trouble["crowded"] = self._transfer.places.reduce(self._number)
+                self._trouble["crowded"] = self._transfer.places.refuse(*self._numbers)
             self._trouble["status"] = response.status
             raise _refusal(response, "data block")
         _require_data(response)
@@ -2301,15 +2302,16 @@ class _Part:
     def _recover(self, error: HtsgetException, retry: _Retry, has_new: bool) -> None:
         """Decide what follows a failure: another request or the error."""
         ask, block, trouble = self._ask, self.block, self._trouble
-        status = trouble.pop("status", 0)
+        status, crowded = trouble.pop("status", 0), trouble.pop("crowded", 0)
+        trouble["repeats"] += crowded > 0
         is_stale = ask.request.ticket != block.request.ticket
         if isinstance(error, _EndedEarly) and has_new:
             return
         if isinstance(error, _Contradiction):
             if not is_stale:
                 self._repeat_elsewhere(error, retry)
-        elif trouble.pop("crowded", 0):
-            # The next request has to wait for one of the fewer places.
+        elif crowded > 1 or (crowded and trouble["repeats"] == 1):
+            _log.warning("%s; trying again with fewer requests at once", error)
             self._transfer.transport.wait(error._retry_after)
         elif status in _REFUSED_STATUS:
             if not is_stale:
@@ -2460,20 +2462,21 @@ class _Pace:
     def chunks(self, part: _Part, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on a part's chunks and measure the time that they take to arrive."""
         first_wait = waited = 0.0
-        start = position = part.position
+        start = begun = part.position
         before = time.monotonic()
         for data in chunks:
             passed = time.monotonic() - before
             if part.position - len(data) == start:
                 # The rate counts from the first byte.
-                first_wait, position = passed, part.position
+                first_wait, begun = passed, part.position
             else:
                 waited += passed
             yield data
             before = time.monotonic()
         if part.position - start >= _SMALLEST_CUT and waited > 0:
-            cut = (part.position - position) / waited * max(1.0, first_wait)
-            self.cut = max(int(cut), _SMALLEST_CUT)
+            # A longer wait was not for the server, but for a place.
+            span = min(max(1.0, first_wait), _STARVED)
+            self.cut = max(int((part.position - begun) / waited * span), _SMALLEST_CUT)
 
 
 class _Window:
@@ -2612,11 +2615,10 @@ class _Window:
         return time.monotonic() - max(since, idle_since) > _STARVED
 
     def _most_slots(self) -> int:
-        """One for the part that is due, and two for each further request allowed."""
-        return 2 * self._transfer.places.allowed - 1
+        return 2 * self._transfer.places.allowed
 
     def _share(self) -> int:
-        """How many bytes a slot may hold."""
+        """How many bytes a slot may hold: more, where fewer requests are allowed."""
         window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
         return window // max(len(self._slots), self._most_slots())
 
@@ -2634,7 +2636,8 @@ class _Window:
 
     def _next_end(self, block: _Block, start: int) -> Optional[int]:
         end = start + self._cut()
-        is_worth_it = block.size is not None and block.size - end > _SMALLEST_CUT
+        is_long = block.size is not None and block.size - end > _SMALLEST_CUT
+        is_worth_it = is_long and self._transfer.places.allowed > 1
         return end if self._helpers and is_worth_it and block.can_be_cut() else None
 
     def _is_trial_pending(self) -> bool:
@@ -2946,7 +2949,7 @@ class _Journal(_KeptFile):
         self._part = part
         # Bytes that it has if no other process writes to it.
         self._size = self.size()
-        # Where the last checkpoint resumes; position and time (time.monotonic) then.
+        # Where the last checkpoint resumes; when one was due: position, time.monotonic.
         self._resumable = 0
         self._last = 0, time.monotonic()
         try:
@@ -3010,8 +3013,8 @@ class _Journal(_KeptFile):
         voids earlier ones at or beyond its own position."""
         self._last = position, time.monotonic()
         if point.position > self._resumable:
-            self._resumable = point.position
             self._append(point._asdict())
+            self._resumable = point.position
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         self.write(_line(entry))
@@ -3297,7 +3300,7 @@ class _Delivery:
         self._crcs = 0, 0
         # Whether the sizes of all blocks before the one due were announced.
         self._is_announced = True
-        # The block that was due at the last checkpoint.
+        # The block that was due when a checkpoint was.
         self._noted = 0
         self._total: Optional[int] = None
 
@@ -3336,7 +3339,7 @@ class _Delivery:
         progress = self._transfer.options.progress
         if progress is not None:
             if self._total is None and all(b.size is not None for b in self._blocks):
-                rest = sum(block.size or 0 for block in self._blocks[index:])
+                rest = sum(block.size or 0 for block in self._blocks[self._due[0] :])
                 self._total = self.position - self._due[1] + rest
             progress(self.position, self._total)
 
