@@ -2042,9 +2042,9 @@ class _Places:
             self._transport.limit(self.allowed)
 
     def refuse(self, number: int, used: int) -> int:
-        """After a refusal, allow one request fewer than were in flight, unless fewer are
-        allowed since the request. Returns 2 if the part has to wait for a place now, 1
-        if fewer are allowed, 0 if there were not too many."""
+        """After a refusal, allow one request fewer than were in flight, unless fewer
+        have been allowed since. Returns 2 if the part has to wait for a place now, 1 if
+        fewer are allowed, 0 if there were not too many."""
         with self._freed:
             if number == self._reductions and max(used, self._used) > 1:
                 self.allowed = min(self.allowed, max(used, self._used))
