@@ -1397,7 +1397,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         response.read_text()
         try:
             return self.http_error_302(request, response, status, "", headers)
-        except (urllib.error.HTTPError, ValueError) as error:
+        except urllib.error.HTTPError as error:
+            error.close()
+        except ValueError as error:
             if isinstance(error, HtsgetException):
                 raise
         # Outside of the handler: its exception shows the URL's query.
@@ -2164,8 +2166,7 @@ class _Part:
         with self._transfer.places.hold(self) as self._numbers:
             # If-Range makes a replica with another ETag send the whole object.
             if_range = not trouble["full"]
-            ask = _ask_for(block, self.position, self.limit(), if_range)
-            self._ask = ask
+            self._ask = ask = _ask_for(block, self.position, self.limit(), if_range)
             self.requests += 1
             response = self._transfer.transport.request(
                 ask.request.url,
@@ -3511,8 +3512,7 @@ class _Download:
     def _deliver(self, is_resuming: bool) -> Iterator[bytes]:
         failure: Optional[BaseException] = None
         transfer, delivery = self._transfer, self._delivery
-        window = _Window(transfer, *delivery.begin(is_resuming))
-        self._window = window
+        self._window = window = _Window(transfer, *delivery.begin(is_resuming))
         try:
             for chunk in window.chunks():
                 delivery.take(*chunk)
