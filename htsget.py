@@ -2539,13 +2539,12 @@ class _Window:
 
     def _spread(self, part: _Part) -> None:
         """Have helpers read what follows the next cut of the caller's part or block."""
-        block, cut = part.block, part.position + self._cut()
+        block = part.block
         # A healthy stream is not given up for a try.
         is_cheap = part.position - part.start <= _REREAD_LIMIT or block.object.is_proven
-        is_long = block.size is not None and block.size - cut > _SMALLEST_CUT
-        is_cut = is_cheap and is_long and block.can_be_cut()
+        cut = self._next_end(block, part.position) if is_cheap else None
         with self._changed, _signals_blocked():
-            if not is_cut and self._place[0] >= len(self._transfer.blocks):
+            if cut is None and self._place[0] >= len(self._transfer.blocks):
                 return
             # The places keep so many from exceeding `connections`.
             for _ in range(self._most):
@@ -2559,7 +2558,7 @@ class _Window:
                 self._helpers.append(helper)
             if not self._helpers:
                 self._most = 1
-            elif is_cut:
+            elif cut is not None:
                 part.stop_at(cut)
                 self._place = block.index, cut
 
@@ -2623,23 +2622,21 @@ class _Window:
         window = min(self._most * _WINDOW_EACH, _WINDOW_MOST)
         return window // max(len(self._slots), self._most_slots())
 
-    def _cut(self) -> int:
-        return min(self._pace.cut, self._share())
-
     def _claim(self) -> Optional[_Part]:
         index, start = self._place
         if index >= len(self._transfer.blocks):
             return None
         block = self._transfer.blocks[index]
-        end = self._next_end(block, start)
+        end = self._next_end(block, start) if self._helpers else None
         self._place = (index + 1, 0) if end is None else (index, end)
         return _Part(self._transfer, block, start, end)
 
     def _next_end(self, block: _Block, start: int) -> Optional[int]:
-        end = start + self._cut()
+        """Where a cut from `start` ends; None if the block is not to be cut there."""
+        end = start + min(self._pace.cut, self._share())
         is_long = block.size is not None and block.size - end > _SMALLEST_CUT
         is_worth_it = is_long and self._transfer.places.allowed > 1
-        return end if self._helpers and is_worth_it and block.can_be_cut() else None
+        return end if is_worth_it and block.can_be_cut() else None
 
     def _is_trial_pending(self) -> bool:
         """Whether the next part must wait for the first cut of its object."""
