@@ -4749,14 +4749,14 @@ def test_two_copies_do_not_disturb_each_others_logging(server, capfd, caplog):
     for args in (["-q"], ["-vv"]):
         caplog.clear()
         assert one.main(args + [url, "-O", "-"]) == 0
-        assert "503" in caplog.text
+        assert "HTTP 503" in caplog.text
     # And this copy's logging is as it was before its own command line ran.
     caplog.clear()
     one.get(inner, Pipe(), retry_wait=0)
-    assert "503" in caplog.text
+    assert "HTTP 503" in caplog.text
     out, errors = capfd.readouterr()
     assert out == "outerouter" and "/outer" in errors
-    assert "503" not in errors and "/inner" not in errors
+    assert "HTTP 503" not in errors and "/inner" not in errors
 
 
 # ---- public functions
