@@ -1719,7 +1719,7 @@ class _Object:
         self.is_proven = False
         # Two nodes with different ETags take turns behind one name.
         self.has_two_nodes = False
-        self._was_contradicted = False
+        self.was_contradicted = False
         self._origin = _origin(url)
         self._lock = threading.Lock()
 
@@ -1733,21 +1733,21 @@ class _Object:
         elif total != known.total and not is_unknown:
             conflict = "%s bytes, then %s" % (known.total, total)
         if conflict:
-            self._was_contradicted = True
+            self.was_contradicted = True
             raise _Contradiction("the object has changed (%s)", _printable(conflict))
 
-    def learn(self, evidence: _Evidence, is_changed: bool) -> None:
-        """Take up what a response has shown; `is_changed`: of its Range."""
+    def learn(self, evidence: _Evidence, ask: "_Ask") -> None:
+        """Take up what the response to a request has shown."""
         with self._lock:
             # Another thread may have learned of another object meanwhile.
             self.check(evidence)
             known = self.known
-            if evidence.etag and known.etag and self._was_contradicted:
+            if evidence.etag and known.etag and ask.is_after_contradiction:
                 self.has_two_nodes = True
             if evidence.total is None or not (known.total is None or known.is_slice):
                 evidence = known._replace(etag=evidence.etag)
             self.known = evidence._replace(etag=known.etag or evidence.etag)
-            self.is_proven = self.is_proven or is_changed
+            self.is_proven = self.is_proven or ask.is_changed
 
     def move(self, url: str) -> None:
         """Renewed URLs may lead to another node, which makes its own ETags."""
@@ -1755,7 +1755,7 @@ class _Object:
             if _origin(url) != self._origin:
                 self._origin = _origin(url)
                 self.known = self.known._replace(etag="")
-                self.is_proven = self._was_contradicted = False
+                self.is_proven = self.was_contradicted = False
 
     def record(self) -> List[Any]:
         return [*self.known, *self._origin]
@@ -1862,6 +1862,7 @@ class _Ask(NamedTuple):
     end: Optional[int]
     is_changed: bool
     request: _BlockRequest
+    is_after_contradiction: bool
 
 
 class _Span(NamedTuple):
@@ -1885,15 +1886,16 @@ class _Reply(NamedTuple):
 def _ask_for(block: _Block, position: int, end: Optional[int], if_range: bool) -> _Ask:
     """The request for a block's bytes from `position` on, perhaps with If-Range."""
     request, size = block.request, block.size
+    is_after = block.object.was_contradicted
     is_all = position == 0 and end in (None, size)
     if is_all or block.mode == _OWN or size is None:
-        return _Ask(0, size, False, request)
+        return _Ask(0, size, False, request, is_after)
     end = size if end is None else end
     headers = {k: v for k, v in request.headers.items() if k.lower() != "range"}
     headers["Range"] = "bytes=%d-%d" % (block.base + position, block.base + end - 1)
     if block.object.known.etag and if_range:
         headers["If-Range"] = block.object.known.etag
-    return _Ask(position, end, True, request._replace(headers=headers))
+    return _Ask(position, end, True, request._replace(headers=headers), is_after)
 
 
 def _strong_etag(response: _Response) -> str:
@@ -2272,7 +2274,7 @@ class _Part:
         if _origin(ask.request.url) != _origin(block.request.url):
             raise _Contradiction("the ticket was renewed, and names another node")
         if not span.is_in_doubt:
-            block.object.learn(evidence, ask.is_changed)
+            block.object.learn(evidence, ask)
         block.learn_size(span.size)
         if _is_announced(block, reply):
             ranges = response.headers.get("accept-ranges", "").strip().lower()

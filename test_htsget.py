@@ -2535,7 +2535,7 @@ def test_expired_urls_are_renewed(server, connections, status):
 
 def test_repeated_expiry_in_the_middle_costs_little(server):
     ticket = expiring(server, 2, uses=2, faults=[Fault(cut=20000), None] * 6)
-    check(OLD, ticket, "pipe", max_retries=1)
+    check(OLD, ticket, "pipe", max_retries=1, connections=1)
     assert server.sent < 1.3 * len(OLD)
 
 
@@ -2965,6 +2965,16 @@ def test_an_object_that_is_replaced_before_it_is_cut(server, kind):
     new = pattern(len(LARGE), 23)
     ticket = large(server, faults=[Fault(run=late, then=(new, '"2"'))])
     check(htsget.RetryableError if kind == "pipe" else new, ticket, kind)
+
+
+def test_a_response_from_before_a_change_is_no_second_node(server):
+    def after(handler):
+        server.wait_until(lambda s: s.ranges("/b").count("bytes=200000-299999") > 1)
+
+    old = dict(data=OLD, etag='"1"')
+    faults = [Fault(run=late, **old), Fault(match="=100000-", run=after, **old)]
+    blocks = sliced(server.at("/b", File(NEW, '"2"', faults=faults)), len(NEW), 3)
+    check(NEW, server.ticket(blocks), max_retries=1)
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -3977,7 +3987,7 @@ def test_a_rerun_after_an_integrity_error_succeeds(server, out, what, is_cut):
 @pytest.mark.parametrize("name, status", [("KILL", -9), ("INT", 130), ("TERM", 143)])
 def test_kept_files_are_locked_until_a_death_and_named_then(server, out, name, status):
     url = complete(server, faults=[Fault(cut=DIED, stall=True)])
-    with running(url, "-O", out) as process:
+    with running(url, "-O", out, "-c", 1) as process:
         while len(snapshot(out)[0] or b"") < DIED:
             time.sleep(0.01)
         for is_resuming in (True, False):
@@ -4525,7 +4535,7 @@ def test_what_is_kept_and_where_a_run_resumes_are_said(server, tmp_path):
     refused = [(1, ["-b", "t"], Fault(401)), (1, ["-b", "t"], Fault(403))]
     for status, more, route in [(75, [], ticket)] * 2 + refused + [(0, ["-q"], ticket)]:
         server.at("/reads/x", route)
-        result = call(url, "-O", path, *ONCE + more)
+        result = call(url, "-O", path, "-c", 1, *ONCE + more)
         assert result.status == status
         begin = re.findall(r"\d+", server.ranges("/b")[-1])[0]
         resumed = re.findall(r"resuming \S*out\S* at byte (\d+)", result.stderr)
