@@ -41,8 +41,7 @@ same path, from the part file and its journal. Never wait needlessly: latency is
 overlapped, memory is bounded, and what cannot succeed fails with a message that helps.
 
 Errors are `HtsgetException` and its subclasses, except those of the output (disk full,
-broken pipe), which are the `OSError` that the system raised. Messages go to the logger
-``htsget``.
+broken pipe), which are plain `OSError`. Messages go to the logger of the module's name.
 """
 
 import argparse
@@ -96,7 +95,6 @@ from typing import (
     Set,
     TextIO,
     Tuple,
-    TypeVar,
     Union,
 )
 
@@ -104,10 +102,9 @@ __version__ = "3.0.0"
 
 # Without `open`: a star import must not replace the built-in.
 __all__ = ["get", "get_ticket", "main", "parse_region", "service_info"]
-__all__ += ["DataBlock", "Region", "Ticket"]
+__all__ += ["DataBlock", "Region", "Ticket", "ContentLengthMismatch"]
 __all__ += ["HtsgetException", "RequestError", "ProtocolError", "IntegrityError"]
 __all__ += ["ClientError", "RetryableError", "RetryableIOError"]
-__all__ += ["ContentLengthMismatch"]
 
 _log = logging.getLogger(__name__ if __name__ != "__main__" else "htsget")
 
@@ -136,7 +133,7 @@ _PROGRESS = 1 << 16
 _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 3600.0
 _LONGEST_TIMEOUT = 2e6
-# Progress meter: seconds between updates on a terminal and elsewhere, and of its rate.
+# Progress meter: seconds between updates on a terminal and elsewhere; the rate's span.
 _METER_TERMINAL = 0.2
 _METER_LOG = 30.0
 _METER_SPAN = 5.0
@@ -158,7 +155,7 @@ _RETRIED_STATUS = {408, 429, 500, 502, 503, 504} | set(range(520, 530))
 
 # How many replicas behind a load balancer are tried for an object.
 _REPLICA_ATTEMPTS = 10
-# Bytes of a block that may be read again to find out how its server wants to be asked.
+# Bytes of a block that may be read again to learn whether its server takes Ranges.
 _REREAD_LIMIT = 64 << 20
 # Statuses of URLs that may have expired, or of Ranges that may not be changed.
 _REFUSED_STATUS = (400, 401, 403, 404, 410, 416)
@@ -176,11 +173,11 @@ _WINDOW_EACH = 8 << 20
 _WINDOW_MOST = 64 << 20
 _FIRST_CUT = 1 << 20
 _SMALLEST_CUT = 1 << 18
-# Waiting is shorter than this (seconds) by chance, and longer only with a slow server.
+# Seconds: shorter waits are noise, longer ones mean a slow server.
 _NOTICEABLE = 0.1
 # Seconds after which connections of other parts are suspected to block the part due.
 _STARVED = 3.0
-# Seconds between looks at whether the due part is starved, or the transfer stopped.
+# Seconds between checks for a starved part that is due, or a stopped transfer.
 _POLL = 0.25
 # Memory that a chunk takes besides its data, in bytes.
 _CHUNK_OVERHEAD = 250
@@ -193,7 +190,7 @@ _CHECKPOINT_SHIFT = 10
 # The version of the journal's form: another one is not read.
 _JOURNAL_VERSION = 3
 # Names of streams that are open: they are written, never replaced.
-_OWN_STREAM = re.compile(r"/(?:dev|proc/self)/(?:fd/)?(\d+|stdout|stderr)\Z")
+_OWN_STREAM = re.compile(r"/(?:dev|proc/self)/(?:fd/)?(\d{1,9}|stdout|stderr)\Z")
 # File systems without fsync report these.
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 # Most file systems allow file names of this many bytes.
@@ -202,8 +199,7 @@ _LONGEST_NAME = 255
 _MAGIC = {"BAM": b"BAM\1", "BCF": b"BCF\2", "CRAM": b"CRAM", "VCF": b"##"}
 # What the first BGZF block of a new file begins with, once decompressed.
 _BGZF_BEGINNINGS = (b"BAM\1", b"BCF\2", b"##fileformat")
-# Bytes that tell a file's format, and data from an error document: enough for deflate's
-# first symbols.
+# Bytes by which a format or an error document is known; enough for inflating some.
 _BEGINNING = 1 << 10
 # A BGZF block's header (SAM spec 4.1): magic, 6 bytes, XLEN 6 and subfield BC of length
 # 2, BSIZE. The empty block that ends BAM, BCF and compressed VCF files (4.1.2).
@@ -224,7 +220,7 @@ try:
 except ImportError:
     fcntl = None
 
-# Python 3.6 has no time.thread_time; goes with it.
+# For Python 3.6, which has no time.thread_time.
 _thread_time: Callable[[], float] = getattr(time, "thread_time", time.process_time)
 if sys.version_info < (3, 7) and hasattr(time, "clock_gettime"):
     _thread_time = functools.partial(time.clock_gettime, time.CLOCK_THREAD_CPUTIME_ID)
@@ -240,7 +236,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Start threads that leave signals to the main thread (not on Windows)."""
+    """Threads started here leave signals to the main one (not on Windows)."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -270,17 +266,16 @@ def _require_tls_1_2(context: ssl.SSLContext) -> None:
 
 
 def _notice_cut_tls(context: ssl.SSLContext) -> ssl.SSLContext:
-    """Some versions, also of distributions, set SSL_OP_IGNORE_UNEXPECTED_EOF (0x80):
-    OpenSSL 3 then takes a cut connection for a clean end."""
+    """Debian 12's Python 3.11.2 sets SSL_OP_IGNORE_UNEXPECTED_EOF (0x80): OpenSSL 3
+    then takes a cut connection for a clean end."""
     context.options &= ~0x80
     return context
 
 
 # ---- exceptions
 #
-# Split by who broke the contract: the caller, the server, or the network. What a retry
-# needs to know is set by the constructor. Errors of the output are not here: they
-# propagate as the OSError they are.
+# Split by who broke the contract: the caller, the server, or the network. `transient`
+# and `retry_after` are for the retry policy. Output errors propagate as plain OSError.
 
 
 class HtsgetException(Exception):
@@ -331,14 +326,14 @@ class ClientError(HtsgetException):
         message: str = "",
         url: str = "",
         body: str = "",
-        place: str = "",
+        kind: str = "",
     ) -> None:
         # `args` leaves out the body: it is printed with the exception's repr.
         Exception.__init__(self, status, error, message, url)
         self.status, self.error, self.message = status, error, message
         self.url, self.body = url, body
         # "ticket", "data block" or "proxy", perhaps "… with login".
-        self._place = place
+        self._kind = kind
 
     @property
     def exception_str(self) -> str:
@@ -360,10 +355,7 @@ class ExceptionWrapper(HtsgetException):
     """An error that has another exception, `source`, as its cause."""
 
     def __init__(
-        self,
-        text: str,
-        source: Optional[BaseException] = None,
-        retry_after: float = 0.0,
+        self, text: str, source: Optional[Exception] = None, retry_after: float = 0.0
     ) -> None:
         super().__init__(text, retry_after=retry_after)
         self.source = self.__cause__ = source
@@ -383,7 +375,7 @@ MalformedJsonError = EmptyTicketError = ProtocolError
 
 
 class _Stopped(Exception):
-    """The transfer was stopped: whatever sockets report afterwards means nothing."""
+    """The transfer was stopped: what sockets report from then on is ignored."""
 
 
 # ---- the ticket request
@@ -395,9 +387,8 @@ class _Stopped(Exception):
 
 _Options = types.SimpleNamespace
 
-# Groups of options, as --help shows them. Of an option: the name that `get` and `main`
-# know it by; its flags and value on the command line ("-": a switch); what it is, or
-# has to be.
+# Groups of options, as --help shows them. Columns: the name in `get` and `main`; flags;
+# value ("-": a switch); help ("repeatable" there makes it so).
 _OPTION_TABLE = {
     "request": """
 data_format        -f/--format          FORMAT   BAM, CRAM, VCF or BCF
@@ -579,11 +570,11 @@ class _TicketRequest:
                 problem = _header_problem(name, value)
                 if problem:
                     raise RequestError("headers: %s", problem)
-                # Names differ by case only.
-                self._headers[name.title()] = value
-        self.user_agent = self._headers.get("User-Agent")
+                self._headers[name] = value
+        given = {name.lower(): value for name, value in self._headers.items()}
+        self.user_agent = given.get("user-agent")
         self._token = options.bearer_token
-        has_login = "Authorization" in self._headers
+        has_login = "authorization" in given
         if self._token is None and not has_login and _is_private(self.url):
             self._headers.update(_netrc_login(self.url))
         if self._token is not None and has_login:
@@ -663,8 +654,8 @@ def _url_problem(url: str) -> Optional[str]:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
             return "the URL is neither http nor https; begin with https://"
-        host = urllib.parse.unquote(parts.hostname or "")
-        if parts.port != 0 and re.fullmatch("[!-~]+", host):
+        # The library would decode percent signs.
+        if parts.port != 0 and re.fullmatch("[^%]+", parts.hostname or ""):
             return None
     return "the host or port of the URL is missing or malformed"
 
@@ -777,7 +768,7 @@ def _allowed_words(allowed: Any) -> str:
     try:
         rules = [rule for entry in allowed for rule in entry.get("rules", [entry])]
         return _printable(", ".join(map(_allowed_region, rules)))
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return _printable(json.dumps(allowed, separators=(",", ":")))
 
 
@@ -852,6 +843,10 @@ def _check_ticket(ticket: Ticket) -> None:
             raise ProtocolError("%s: %s", what, problem)
 
 
+# A few thousand octets, percent-encoded, or any number that are not.
+_ENCODED = re.compile("(?:%[0-9A-Fa-f]{2}|%|[^%]+){1,9999}")
+
+
 def _is_inline(block: DataBlock) -> bool:
     return block.url[:5].lower() == "data:"
 
@@ -860,12 +855,14 @@ def _decode_data_uri(uri: str, what: str) -> bytes:
     """The bytes of a data URI (RFC 2397), also in the EGA's form data:base64,..."""
     begin = uri.find(",") + 1
     is_base64 = uri[5:begin].rpartition(";")[2].strip(" ,").lower() == "base64"
-    if begin and not is_base64:
-        return urllib.parse.unquote_to_bytes(uri[begin:])
-    # Without copies: this may be most of a 64 MiB ticket.
-    content = "".join(urllib.parse.unquote(uri[begin:]).split())
+    # Of what may be 64 MiB, the library makes an object for each octet.
+    parts = (match.group() for match in _ENCODED.finditer(uri, begin))
     with contextlib.suppress(ValueError):
-        if begin and re.fullmatch("[A-Za-z0-9+/]*={0,2}", content):
+        content = b"".join(map(urllib.parse.unquote_to_bytes, parts))
+        if begin and not is_base64:
+            return content
+        content = content.translate(None, b" \t\n\v\f\r")
+        if begin and re.fullmatch(b"[A-Za-z0-9+/]*={0,2}", content):
             return binascii.a2b_base64(content)
     raise ProtocolError("the data URI of %s is malformed", what)
 
@@ -884,7 +881,7 @@ def _require_unreduced(was_reduced: bool, is_reduced: bool) -> None:
     """ClientError if a ticket has lost what this login could see before."""
     if is_reduced and not was_reduced:
         text = "the ticket has less than before: the login may have expired"
-        raise ClientError(403, "Forbidden", text, place="ticket")
+        raise ClientError(403, "Forbidden", text, kind="ticket")
 
 
 def _is_header_only(ticket: Ticket) -> bool:
@@ -896,7 +893,7 @@ def _warn_of_gaps(ticket: Ticket, options: _Options) -> None:
     if isinstance(ticket, _RestrictedTicket) and ticket.allowed:
         text = "this login may see only %s: the server left out the rest"
         _log.warning(text, ticket.allowed)
-    # What a ticket given instead of a URL was requested for is not known.
+    # For a given ticket, it is not known what was requested.
     is_known = isinstance(options.url, str) and "class=header" not in options.url
     if is_known and options.data_class is None and _is_header_only(ticket):
         _log.warning("the ticket has only header blocks, and no records")
@@ -917,7 +914,7 @@ def _without_signature(url: str) -> str:
     return base + mark + "&".join(p for name, p in pairs if not pattern.match(name))
 
 
-def _place(url: str) -> List[Any]:
+def _address(url: str) -> List[Any]:
     parts = urllib.parse.urlsplit(_without_signature(url))
     return [parts.hostname, parts.path, parts.query]
 
@@ -935,9 +932,9 @@ def _object_key(block: DataBlock) -> Tuple[Any, ...]:
 
 
 def _outline(ticket: Ticket) -> List[Any]:
-    """What equivalent tickets have in common: the blocks' classes, Ranges and inline
-    data. A block without a Range may have it in the query, unless it is the only one.
-    Crypt4GH headers are encrypted anew for each ticket."""
+    """What equivalent tickets have in common: format, MD5, each block's class, Range
+    and inline data; path, query and headers of a block without a Range, unless it is
+    the only one. Crypt4GH headers are encrypted anew for each ticket."""
     is_encrypted = _is_crypt4gh(ticket)
     outline: List[Any] = [ticket.format, (ticket.md5 or "").lower()]
     for block in ticket.blocks:
@@ -947,7 +944,7 @@ def _outline(ticket: Ticket) -> List[Any]:
             data = b"" if is_encrypted else _decode_data_uri(block.url, "")
             content = hashlib.sha256(data).hexdigest()
         elif wanted is None and len(ticket.blocks) > 1:
-            content = [_place(block.url)[1:], others]
+            content = [_address(block.url)[1:], others]
         outline.append([block.data_class, wanted, content])
     return outline
 
@@ -966,7 +963,7 @@ def _identity(source: _Source, ticket: Ticket) -> Dict[str, Any]:
     what its blocks request) and of what equivalent tickets have in common."""
     if isinstance(source, Ticket):
         remote = [block for block in ticket.blocks if not _is_inline(block)]
-        request = [[_place(block.url), *_selectors(block)] for block in remote]
+        request = [[_address(block.url), *_selectors(block)] for block in remote]
     else:
         request = [[_without_signature(source.url), repr(source.body)]]
     digests = {"request": _digest(request), "ticket": _digest(_outline(ticket))}
@@ -1029,35 +1026,27 @@ class _Retry:
 
 # What the standard library raises for broken connections and malformed responses, and
 # for an idle connection that the server has closed.
-_LIBRARY_ERRORS = (OSError, http.client.HTTPException, ValueError)
+_BROKEN = (OSError, http.client.HTTPException, OverflowError, TypeError, ValueError)
 _DEAD = (ConnectionError, ssl.SSLError, http.client.BadStatusLine)
-
-# The caller's headers that another origin may see; a data block's that are no secret.
+# Headers that another origin may see: the caller's; of a block, as they are no secret.
 _PUBLIC = ("accept", "content-type", "user-agent")
 _HARMLESS = ("host", "if-range", "range", "user-agent")
-
 # Headers that must not come with two values.
 _SINGLE = ("content-length", "content-range", "etag", "transfer-encoding")
-
 # For example "bytes 0-99/1234"; some servers write "bytes=0-99/1234".
 _CONTENT_RANGE = r"(?:bytes)?[ =:]*(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)"
-
 # The beginning of JSON, XML or HTML without bytes that no text has; of a web page.
 _DOCUMENT = re.compile(rb"(\xef\xbb\xbf)?\s*([{\[]|<[A-Za-z!?])[\t-\r -~\x80-\xff]*\Z")
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+)?html", re.I)
-
 # Where JSON error documents of all makes have their explanation.
 _MESSAGE_KEYS = "message userMessage title detail msg error_description".split()
-
-# By lower-case name, with the name as it is sent: some gateways compare its letters.
+# By lower-case name: the name as it is sent (some gateways compare case), the value.
 _Headers = Dict[str, Tuple[str, str]]
-
-_Parsed = TypeVar("_Parsed")
 
 
 class _Lines(BufferedReader):
-    """The file that http.client reads a response from. The library takes a line or a
-    header section that the end of the connection has cut off for complete."""
+    """The file that http.client reads a response from. Raises where the library would
+    accept a line or header section that the connection's end has cut off."""
 
     _is_in_headers = False
 
@@ -1073,8 +1062,8 @@ class _Lines(BufferedReader):
 
 
 class _Response(http.client.HTTPResponse):
-    """The library's response, whose body is counted. `length` is None where chunks or
-    the connection's end will tell; `is_framed`: the end can be told from a cut."""
+    """The library's response, with a counted body. `length` is None where only chunks
+    or the connection's end delimit it; `is_framed`: its end cannot be a cut."""
 
     def __init__(
         self, connection: "_Connection", request: "_Request", *args: Any, **more: Any
@@ -1112,7 +1101,7 @@ class _Response(http.client.HTTPResponse):
                     data = self.fp.read(min(left, size, _CHUNK))
                 else:
                     data = self.fp.read1(min(left, _CHUNK))
-            except _LIBRARY_ERRORS as error:
+            except _BROKEN as error:
                 # Once stopped, what sockets report says nothing about the body.
                 connection.pool.wait(0)
                 raise _network_error(error, self.asked, is_known=True) from error
@@ -1213,7 +1202,7 @@ class _Connection(http.client.HTTPConnection):
         if not self.route[2]:
             headers.update(request.proxy_login())
         self.request(request.get_method(), request.selector, request.data, headers)
-        # Not before: a proxy's response to CONNECT is of the library's class.
+        # Only now: the response to CONNECT is of the library's class.
         self.response_class: Any = functools.partial(_Response, self, request)
         return self.getresponse()  # type: ignore
 
@@ -1233,17 +1222,17 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _Request(urllib.request.Request):
-    """A request with its `own` headers, which are for one origin only if `is_private`.
+    """A request with its `own` headers, which are for one origin only if `is_callers`.
     The library adds the login for the proxy to `headers`, and cookies elsewhere."""
 
-    def __init__(self, url: str, own: _Headers, body: Any, private: bool) -> None:
+    def __init__(self, url: str, own: _Headers, body: Any, is_callers: bool) -> None:
         # The origin's host matters for cookies of third parties only.
         super().__init__(url.partition("#")[0], body, origin_req_host="")
         self.own = own
-        self.is_private = private
+        self.is_callers = is_callers
 
     def route(self) -> Tuple[str, str, Optional[str]]:
-        """The scheme, the host (or proxy), and what a proxy shall connect to."""
+        """The scheme, the host (or proxy), and the target of CONNECT, if any."""
         return self.type, self.host or "", getattr(self, "_tunnel_host", None)
 
     def proxy_login(self) -> Dict[str, str]:
@@ -1257,7 +1246,7 @@ class _Request(urllib.request.Request):
 
 class _Transport(urllib.request.BaseHandler):
     """Exchanges requests for responses until it is stopped, as the opener's handler
-    for http and https; there are never more connections open than the limit."""
+    for http and https; closes idle connections to stay within the limit."""
 
     def __init__(self, options: _Options, user_agent: Optional[str] = None) -> None:
         self._user_agent = user_agent or "htsget.py/" + __version__
@@ -1282,18 +1271,19 @@ class _Transport(urllib.request.BaseHandler):
         url: str,
         headers: Mapping[str, str],
         body: Optional[bytes] = None,
-        private: bool = False,
+        is_callers: bool = False,
         fresh: bool = False,
     ) -> _Response:
-        """The response after redirects. `private`: the headers are the caller's."""
+        """The response after redirects. `is_callers`: with the caller's own headers."""
         pairs = [("User-Agent", self._user_agent), *headers.items()]
         own = {k.lower(): (k, v) for k, v in pairs if k.lower() not in _FRAMING_HEADERS}
         if fresh:
             self.close_idle()
-        request: Any = _Request(url, own, body, private)
+        request: Any = _Request(url, own, body, is_callers)
         response: Any = self._opener.open(request, timeout=self._timeout)
         has_moved = _origin(response.url) != _origin(request.full_url)
-        is_refused = not private and response.status in (400, 401, 403)
+        is_refused = not is_callers and response.status in (400, 401, 403)
+        own = response.asked.own
         if has_moved and is_refused and "authorization" in own:
             # A signed URL does not bear a second login.
             response.read_text()
@@ -1403,7 +1393,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             if isinstance(error, HtsgetException):
                 raise
         # Outside of the handler: its exception shows the URL's query.
-        text = "%s: too many redirects, or to something that is not a http(s) URL"
+        text = "%s: too many redirects, or one to something that is not http(s)"
         raise ProtocolError(text, request.where())
 
     https_response = http_response
@@ -1417,14 +1407,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         url, _ = _without_userinfo(newurl)
         # A POST keeps its method, or its regions would be lost; but 303 means GET.
         body = None if code == 303 else req.data
-        return _Request(url, _redirected_headers(req, url), body, req.is_private)
+        return _Request(url, _redirected_headers(req, url), body, req.is_callers)
 
 
 def _redirected_headers(request: _Request, url: str) -> _Headers:
     own, before, after = request.own, _origin(request.full_url), _origin(url)
     if before == after:
         return own
-    if request.is_private:
+    if request.is_callers:
         return {name: own[name] for name in own if name in _PUBLIC}
     if (before[0], after[0]) == ("https", "http") and not set(own).issubset(_HARMLESS):
         text = "%s redirects to plain http, where block headers must not be sent"
@@ -1439,10 +1429,9 @@ class _Proxies(urllib.request.ProxyHandler):
         """Send a request through the proxy, if it applies (called by the opener)."""
         if not proxy or _proxy_for(type, req.host) is None:
             return None
-        problem = _url_problem(proxy if "://" in proxy else "http://" + proxy)
-        if problem:
-            text = "the proxy for %s cannot be used: %s; SOCKS is not supported"
-            raise ProtocolError(text, type, problem)
+        if _url_problem(proxy if "://" in proxy else "http://" + proxy):
+            text = "the proxy for %s is malformed or not http; SOCKS is not supported"
+            raise ProtocolError(text, type)
         # A proxy is spoken to in plain http, also if its URL says https.
         return super().proxy_open(req, proxy.rpartition("://")[2].rstrip("/"), type)
 
@@ -1479,7 +1468,7 @@ def _default_ssl_context(cacert: Optional[str] = None) -> ssl.SSLContext:
 # Building a context takes 20 ms.
 @functools.lru_cache(maxsize=8)
 def _ssl_context(path: Optional[str], *_: Optional[str]) -> ssl.SSLContext:
-    """A context. OpenSSL itself reads the paths of SSL_CERT_FILE and SSL_CERT_DIR."""
+    """A context. `_` is only for the cache: OpenSSL itself reads these variables."""
     try:
         context = ssl.create_default_context()
     except OSError as error:
@@ -1513,18 +1502,18 @@ def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
 
 
 def _network_error(error: Exception, request: _Request, is_known: bool) -> Exception:
-    """The exception of ours for one of the library's, which becomes its cause unless it
-    may hold a secret. `is_known`: the server has responded before."""
-    if isinstance(error, HtsgetException) or not isinstance(error, _LIBRARY_ERRORS):
+    """Our exception for one of the library's. `is_known`: the server has responded
+    before."""
+    if isinstance(error, HtsgetException) or not isinstance(error, _BROKEN):
         return error
     where = request.where()
     words = getattr(error, "strerror", "") or str(error) or type(error).__name__
     refused = re.match("Tunnel connection failed: ([0-9]+) ?(.*)", words)
     if refused:
         status, reason = int(refused.group(1)), _printable(refused.group(2), 80)
-        place = "proxy with login" if request.headers else "proxy"
+        kind = "proxy with login" if request.headers else "proxy"
         text = "the proxy refused to connect"
-        return _failure(ClientError(status, reason, text, where, "", place), {})
+        return _failure(ClientError(status, reason, text, where, "", kind), {})
     words = _printable(words, 150)
     problem = _permanent_problem(error, words, is_known)
     if problem:
@@ -1535,7 +1524,7 @@ def _network_error(error: Exception, request: _Request, is_known: bool) -> Excep
 
 
 def _permanent_problem(error: Exception, words: str, is_known: bool) -> str:
-    """What no retry overcomes, if the error is of that kind."""
+    """Why no retry can help; "" if one may."""
     # Python 3.6 has a CertificateError that is no SSLError.
     if "VERIFY_FAILED" in words or isinstance(error, ssl.CertificateError):
         advice = "for a private authority, use --cacert or SSL_CERT_FILE"
@@ -1553,8 +1542,10 @@ def _permanent_problem(error: Exception, words: str, is_known: bool) -> str:
 
 def _explanation(text: str) -> Tuple[str, str]:
     """The error and message in an error body: JSON of whatever make, or text."""
+    # S3 repeats an expired token.
+    text = re.sub(r"[\w.~+=-]{40,}", "...", text)
     if not re.match(r"\s*[{\[]", text):
-        return "", re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^<>]*>", " ", text)
+        return "", re.sub(r"(?is)<(style|script)\b.*?(</\1>|$)|<[^<>]*>", " ", text)
     # Nothing else of a JSON document is shown: it might be a ticket.
     pairs: List[Tuple[str, Any]] = []
     with contextlib.suppress(ValueError, RecursionError):
@@ -1564,23 +1555,23 @@ def _explanation(text: str) -> Tuple[str, str]:
     return said.get("error", ""), ": ".join(messages)
 
 
-def _refusal(response: _Response, place: str) -> HtsgetException:
+def _refusal(response: _Response, kind: str) -> HtsgetException:
     """The exception for a response that is an error (spec: "Errors")."""
     asked, status, text = response.asked, response.status, response.read_text()
     error, message = _explanation(text)
-    if asked.data and place == "ticket" and status in (404, 405, 501):
+    if asked.data and kind == "ticket" and status in (404, 405, 501):
         message = message or "does the server support multi-region requests?"
     if status == 407:
-        place = "proxy with login" if asked.headers else "proxy"
-    elif place == "ticket" and "authorization" in asked.own:
-        place = "ticket with login"
+        kind = "proxy with login" if asked.headers else "proxy"
+    elif kind == "ticket" and "authorization" in asked.own:
+        kind = "ticket with login"
     error, message = _printable(error or response.reason, 80), _printable(message)
-    refused = ClientError(status, error, message, asked.where(), text, place)
+    refused = ClientError(status, error, message, asked.where(), text, kind)
     return _failure(refused, response.headers)
 
 
 def _failure(refused: ClientError, headers: Any) -> HtsgetException:
-    """A refusal, or the error to be retried where its status is a passing one."""
+    """The refusal, or a retryable error where its status is transient."""
     after = headers.get("retry-after")
     if refused.status in _RETRIED_STATUS or (refused.status == 202 and after):
         # By the server's clock: this machine's may be wrong.
@@ -1614,20 +1605,17 @@ def _require_identity(response: _Response, is_block_start: bool) -> None:
 
 
 def _request_json(
-    transport: _Transport,
-    request: _TicketRequest,
-    options: _Options,
-    parse: Callable[[bytearray], _Parsed],
-) -> _Parsed:
+    transport: _Transport, request: _TicketRequest, options: _Options
+) -> bytearray:
     retry = _Retry(options.max_retries, options.retry_wait)
     while True:
         try:
             headers, body = request.headers(), request.body
-            response = transport.request(request.url, headers, body, private=True)
+            response = transport.request(request.url, headers, body, is_callers=True)
             with contextlib.closing(response):
                 if response.status != 200:
                     raise _refusal(response, "ticket")
-                return parse(_read_json(response))
+                return _read_json(response)
         except HtsgetException as error:
             seconds = retry.pause(error)
             _log.warning("%s; trying again in %.1f s", error, seconds)
@@ -1661,7 +1649,7 @@ def _instead_of_a_ticket(start: bytearray) -> str:
         found = "a web page (a login?)"
     else:
         found = _printable(_explanation(start.decode("utf-8", "replace"))[1], 60)
-    return "this is not an htsget ticket, but " + (found or "another document")
+    return "this is not htsget's JSON, but " + (found or "another document")
 
 
 # ---- blocks and parts
@@ -1711,30 +1699,30 @@ class _Evidence(NamedTuple):
 class _Object:
     """The object behind a URL that blocks may share, as responses have shown it."""
 
-    def __init__(self, number: int, url: str) -> None:
+    def __init__(self, number: int, url: str, known: _Evidence) -> None:
         # The number of the first block that shares it: its name in the journal.
         self.number = number
-        self.known = _Evidence("")
+        self.known = known
         # A changed Range of it has worked in this run.
         self.is_proven = False
         # Two nodes with different ETags take turns behind one name.
         self.has_two_nodes = False
         self.was_contradicted = False
         self._origin = _origin(url)
+        # By the origins that renewed URLs lead to.
+        self._elsewhere: Dict[Any, _Object] = {}
         self._lock = threading.Lock()
 
     def check(self, evidence: _Evidence) -> None:
         """Raise _Contradiction if a response is of another object."""
         (etag, total, is_slice), known = evidence, self.known
         is_unknown = None in (total, known.total) or (is_slice and known.is_slice)
-        conflict = ""
-        if etag and known.etag and etag != known.etag:
-            conflict = "ETag %s, then %s" % (known.etag, etag)
-        elif total != known.total and not is_unknown:
-            conflict = "%s bytes, then %s" % (known.total, total)
-        if conflict:
+        has_other_etag = "" not in (etag, known.etag) and etag != known.etag
+        if has_other_etag or (total != known.total and not is_unknown):
             self.was_contradicted = True
-            raise _Contradiction("the object has changed (%s)", _printable(conflict))
+            shown = known.etag or "no ETag", known.total, etag or "no ETag", total
+            words = _printable("%s, %s bytes; then %s, %s bytes" % shown)
+            raise _Contradiction("the object has changed (%s)", words)
 
     def learn(self, evidence: _Evidence, ask: "_Ask") -> None:
         """Take up what the response to a request has shown."""
@@ -1749,13 +1737,13 @@ class _Object:
             self.known = evidence._replace(etag=known.etag or evidence.etag)
             self.is_proven = self.is_proven or ask.is_changed
 
-    def move(self, url: str) -> None:
-        """Renewed URLs may lead to another node, which makes its own ETags."""
-        with self._lock:
-            if _origin(url) != self._origin:
-                self._origin = _origin(url)
-                self.known = self.known._replace(etag="")
-                self.is_proven = self.was_contradicted = False
+    def at(self, url: str) -> "_Object":
+        """The object behind a renewed URL: another node makes its own ETags."""
+        origin = _origin(url)
+        if origin != self._origin and origin not in self._elsewhere:
+            known = self.known._replace(etag="")
+            self._elsewhere[origin] = _Object(self.number, url, known)
+        return self._elsewhere.get(origin, self)
 
     def record(self) -> List[Any]:
         return [*self.known, *self._origin]
@@ -1767,11 +1755,12 @@ class _Object:
 
 
 class _BlockRequest(NamedTuple):
-    """The ticket's own request for a block; `ticket` counts renewals of the ticket."""
+    """The ticket's own request for a block, its object, and the ticket's number."""
 
     url: str
     headers: Dict[str, str]
-    ticket: int
+    object: _Object
+    renewal: int
 
 
 class _Block:
@@ -1788,7 +1777,7 @@ class _Block:
         self.base = 0
         self.range_size: Optional[int] = None
         # Length of the block in bytes, None until known; whether the server announced
-        # it before it sent the data, and in a way that lets the block be cut.
+        # that before the data, and in a way that lets the block be cut.
         self.size: Optional[int] = None
         self.is_announced = False
         self._is_divisible = False
@@ -1799,14 +1788,19 @@ class _Block:
             self.data = _decode_data_uri(entry.url, "data block %d" % (index + 1))
             self.size, self.is_announced = len(self.data), True
             return
-        self.request = _block_request(entry, 0)
         self._read_range(_selectors(entry)[0])
-        signed = ";".join(_SIGNED_HEADERS.findall(self.request.url))
-        if "range" in re.split("[;,]", urllib.parse.unquote(signed).lower()):
-            self.mode = _OWN
+        url, headers = _url_and_headers(entry)
         # A block without a Range is an object by itself: its query may name a slice.
         key = _object_key(entry) if self.has_range else index
-        self.object = shared.setdefault(key, _Object(index, self.request.url))
+        found = shared.setdefault(key, _Object(index, url, _Evidence("")))
+        self.request = _BlockRequest(url, headers, found, 0)
+        signed = ";".join(_SIGNED_HEADERS.findall(url))
+        if "range" in re.split("[;,]", urllib.parse.unquote(signed).lower()):
+            self.mode = _OWN
+
+    @property
+    def object(self) -> _Object:
+        return self.request.object
 
     def _read_range(self, text: Optional[str]) -> None:
         if text is None:
@@ -1820,14 +1814,13 @@ class _Block:
                 problem = "data block %d has a Range other than bytes=A-B or bytes=A-"
                 raise ProtocolError(problem, self.index + 1)
 
-    def renew(self, entry: DataBlock, ticket: int) -> None:
+    def renew(self, entry: DataBlock, renewal: int) -> None:
         if self.data is None:
-            # In this order: a reader takes the request before the object's ETag.
-            self.request = _block_request(entry, ticket)
-            self.object.move(self.request.url)
+            url, headers = _url_and_headers(entry)
+            self.request = _BlockRequest(url, headers, self.object.at(url), renewal)
 
     def use_own_requests(self, is_in_doubt: bool = False) -> None:
-        """Request nothing but what the ticket says from now on."""
+        """From now on, send only the ticket's own request."""
         self.is_in_doubt = self.is_in_doubt or is_in_doubt
         self.mode = _OWN
 
@@ -1849,10 +1842,9 @@ class _Block:
         return etag != "" and (self._is_divisible or reaches_end)
 
 
-def _block_request(entry: DataBlock, ticket: int) -> _BlockRequest:
-    url, headers = _without_userinfo(entry.url)
-    headers.update(entry.headers or {})
-    return _BlockRequest(url, headers, ticket)
+def _url_and_headers(entry: DataBlock) -> Tuple[str, Dict[str, str]]:
+    url, login = _without_userinfo(entry.url)
+    return url, dict(login, **(entry.headers or {}))
 
 
 class _Ask(NamedTuple):
@@ -1886,15 +1878,15 @@ class _Reply(NamedTuple):
 def _ask_for(block: _Block, position: int, end: Optional[int], if_range: bool) -> _Ask:
     """The request for a block's bytes from `position` on, perhaps with If-Range."""
     request, size = block.request, block.size
-    is_after = block.object.was_contradicted
+    etag, is_after = request.object.known.etag, request.object.was_contradicted
     is_all = position == 0 and end in (None, size)
     if is_all or block.mode == _OWN or size is None:
         return _Ask(0, size, False, request, is_after)
     end = size if end is None else end
     headers = {k: v for k, v in request.headers.items() if k.lower() != "range"}
     headers["Range"] = "bytes=%d-%d" % (block.base + position, block.base + end - 1)
-    if block.object.known.etag and if_range:
-        headers["If-Range"] = block.object.known.etag
+    if etag and if_range:
+        headers["If-Range"] = etag
     return _Ask(position, end, True, request._replace(headers=headers), is_after)
 
 
@@ -1920,8 +1912,8 @@ _Said = Tuple[int, int, Optional[int]]
 
 
 def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
-    """Where in the block a response's body lies (RFC 9110, 15.3.7), or _NotUseful for a
-    changed Range; for the ticket's own request, ProtocolError or _IgnoresRange."""
+    """Where in the block a response's body lies (RFC 9110, 15.3.7). Raises _NotUseful
+    for a changed Range; for the ticket's own, ProtocolError or _IgnoresRange."""
     text = response.headers.get("content-range")
     said = _content_range(text or "")
     length, wanted = response.length, block.range_size
@@ -1949,8 +1941,8 @@ def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
 
 
 def _is_wanted(block: _Block, ask: _Ask, response: _Response, said: _Said) -> bool:
-    """Whether a 206 begins with the first byte requested, or earlier if it contains all
-    of them, as caches may align ranges; to a changed Range, certainly of the object."""
+    """Whether a 206 begins at the first byte requested, or earlier and contains all
+    (caches align ranges); for a changed Range, also that it is surely of the object."""
     (first, stop, total), is_whole = said, not block.has_range
     start, end = first - block.base, stop - block.base
     contains_all = stop == total if ask.end is None else end >= ask.end
@@ -1959,7 +1951,7 @@ def _is_wanted(block: _Block, ask: _Ask, response: _Response, said: _Said) -> bo
     is_placed = start == ask.start or is_aligned
     if not ask.is_changed:
         return is_placed and block.has_range
-    lacks_etag = block.object.known.etag != "" and not _strong_etag(response)
+    lacks_etag = ask.request.object.known.etag != "" and not _strong_etag(response)
     # The query of a URL may name a slice, and the Range be one of the whole file.
     return is_placed and not lacks_etag and not (is_whole and total != block.size)
 
@@ -2077,12 +2069,12 @@ class _Transfer:
             raise
 
     def _request(self) -> Ticket:
-        return _request_json(self.transport, self.source, self.options, _parse_ticket)
+        return _parse_ticket(_request_json(self.transport, self.source, self.options))
 
-    def renew(self, ticket: int) -> None:
-        """Request the ticket again, unless it was renewed since `ticket`."""
+    def renew(self, renewal: int) -> None:
+        """Request the ticket again, unless it was renewed since then."""
         with self._renewing:
-            if self._renewals > ticket:
+            if self._renewals > renewal:
                 return
             _log.info("a URL was refused and may have expired; renewing the ticket")
             renewed = self._request()
@@ -2119,7 +2111,7 @@ class _Part:
         # None before the first response, "" if that had none; for a cut, the object's.
         self._etag = block.object.known.etag if start > 0 else None
         self._crc = kept[1] if start == 0 else None
-        # What has gone wrong, each kind in a row, since data came last.
+        # Counts of failures since data came last; what the last one was ("status" …).
         self._trouble: Dict[str, int] = collections.Counter()
         # The last request, and what the places had when it was sent.
         self._ask: Any = None
@@ -2170,11 +2162,9 @@ class _Part:
             if_range = not trouble["full"]
             self._ask = ask = _ask_for(block, self.position, self.limit(), if_range)
             self.requests += 1
-            response = self._transfer.transport.request(
-                ask.request.url,
-                ask.request.headers,
-                fresh=trouble["contradictions"] > 0,
-            )
+            url, headers, *_ = ask.request
+            fresh = trouble["contradictions"] > 0
+            response = self._transfer.transport.request(url, headers, fresh=fresh)
             with contextlib.closing(response):
                 reply = self._judge(ask, response)
                 self.idle_since = None
@@ -2190,7 +2180,7 @@ class _Part:
             raise _refusal(response, "data block")
         _require_data(response)
         evidence = _evidence(block, response)
-        block.object.check(evidence)
+        ask.request.object.check(evidence)
         self._trouble["full"] = ask.is_changed and response.status == 200
         span = _locate(block, ask, response)
         _require_identity(response, span.start == 0)
@@ -2218,7 +2208,7 @@ class _Part:
         rest = self._drop(reply, body)
         self._learn(reply)
         first = offset = self.position
-        # The last bytes are yielded only after an end that must still show.
+        # Hold back the last bytes until the end that must follow is seen.
         is_open = span.end is None and self.block.size is not None
         needs_end, held = span.is_in_doubt or is_open, b""
         limit = self.limit()
@@ -2242,8 +2232,8 @@ class _Part:
             yield held
 
     def _drop(self, reply: _Reply, body: Iterator[bytes]) -> bytes:
-        """Drop what lies before `position`; return what came with the last of it. To
-        the ticket's own request, that must be the bytes already yielded."""
+        """Drop what lies before `position`; return the rest of the last chunk. What is
+        dropped of the ticket's own Range must be the bytes already yielded."""
         left, crc, rest = self.position - reply.span.start, 0, b""
         is_vouched = bool(self._etag) and reply.evidence.etag == self._etag
         needs_proof = not reply.ask.is_changed and self.position > 0
@@ -2271,10 +2261,8 @@ class _Part:
         is_short = (span.size or sys.maxsize) < self.position
         if is_short or (is_new and block.range_size is None):
             raise _Contradiction("data block %d has another size", block.index + 1)
-        if _origin(ask.request.url) != _origin(block.request.url):
-            raise _Contradiction("the ticket was renewed, and names another node")
         if not span.is_in_doubt:
-            block.object.learn(evidence, ask)
+            ask.request.object.learn(evidence, ask)
         block.learn_size(span.size)
         if _is_announced(block, reply):
             ranges = response.headers.get("accept-ranges", "").strip().lower()
@@ -2285,7 +2273,7 @@ class _Part:
                 self._crc = None
 
     def _conclude(self, reply: _Reply, offset: int, is_confirmed: bool) -> None:
-        """The body has ended at `offset`; perhaps where an earlier one has, too."""
+        """The body ended at `offset`; `is_confirmed`: so did an earlier one."""
         block, response, span = self.block, reply.response, reply.span
         if span.end is None and block.size is None:
             if response.is_framed or is_confirmed:
@@ -2297,17 +2285,15 @@ class _Part:
             text = "%d bytes are missing" % (span.end - offset)
             raise ContentLengthMismatch(_of(block, response, text))
         if not self._is_at_end(offset):
-            text = "ended at byte %d, before the requested end" % offset
+            text = "ended at byte %d, possibly too early" % offset
             raise _EndedEarly(_of(block, response, text))
-
-    # What to do after a failure: return to try again, or raise.
 
     def _recover(self, error: HtsgetException, retry: _Retry, has_new: bool) -> None:
         """Decide what follows a failure: another request or the error."""
         ask, block, trouble = self._ask, self.block, self._trouble
         status, crowded = trouble.pop("status", 0), trouble.pop("crowded", 0)
         trouble["repeats"] += crowded > 0
-        is_stale = ask.request.ticket != block.request.ticket
+        is_stale = ask.request.renewal != block.request.renewal
         if isinstance(error, _EndedEarly) and has_new:
             return
         if isinstance(error, _Contradiction):
@@ -2357,7 +2343,7 @@ class _Part:
         if trouble["renewals"] < most and not isinstance(transfer.source, Ticket):
             trouble["renewals"] += 1
             with transfer.places.hold(self):
-                transfer.renew(ask.request.ticket)
+                transfer.renew(ask.request.renewal)
         elif is_trial:
             trouble["renewals"] = 0
             block.use_own_requests()
@@ -2365,8 +2351,8 @@ class _Part:
             raise error
 
     def _doubt_ranges(self, error: HtsgetException, status: int, retry: _Retry) -> None:
-        """A changed Range of an object of which none has worked has failed: it may be
-        the server's way. Much is not read again to find that out."""
+        """A changed Range has failed, and none of the object has worked yet: perhaps
+        none will. Where much would have to be read again, that is not tried."""
         trouble, is_dear = self._trouble, self.position > _REREAD_LIMIT
         is_useless = isinstance(error, _NotUseful)
         is_closed = isinstance(error.__cause__, http.client.RemoteDisconnected)
@@ -2457,7 +2443,7 @@ class _Clock:
 
 
 class _Pace:
-    """The rate of one connection, and the size of a cut that is worth a request."""
+    """The size of a cut that is worth a request, by the rate of one connection."""
 
     def __init__(self) -> None:
         self.cut = _FIRST_CUT
@@ -2477,7 +2463,7 @@ class _Pace:
             yield data
             before = time.monotonic()
         if part.position - start >= _SMALLEST_CUT and waited > 0:
-            # A longer wait was not for the server, but for a place.
+            # Longer waits were for a place, not for the server.
             span = min(max(1.0, first_wait), _STARVED)
             self.cut = max(int((part.position - begun) / waited * span), _SMALLEST_CUT)
 
@@ -2491,8 +2477,8 @@ class _Window:
         self._pace = _Pace()
         self._clock = _Clock()
         # Where the data begins that nobody has started to read: a block and an offset.
-        self._place = first, 0
-        # Guards all that helpers share, and tells of its changes.
+        self._unread = first, 0
+        # Guards what helpers share; notified when it changes.
         self._changed = threading.Condition()
         self._slots: Deque[_Slot] = collections.deque()
         self._helpers: List[threading.Thread] = []
@@ -2546,9 +2532,9 @@ class _Window:
         is_cheap = part.position - part.start <= _REREAD_LIMIT or block.object.is_proven
         cut = self._next_end(block, part.position) if is_cheap else None
         with self._changed, _signals_blocked():
-            if cut is None and self._place[0] >= len(self._transfer.blocks):
+            if cut is None and self._unread[0] >= len(self._transfer.blocks):
                 return
-            # The places keep so many from exceeding `connections`.
+            # `_Places` keeps their requests within `connections`.
             for _ in range(self._most):
                 # Daemons cannot keep the process from ending.
                 helper = threading.Thread(target=self._help, name="htsget", daemon=True)
@@ -2562,12 +2548,12 @@ class _Window:
                 self._most = 1
             elif cut is not None:
                 part.stop_at(cut)
-                self._place = block.index, cut
+                self._unread = block.index, cut
 
     def _next_slot(self) -> Optional[_Slot]:
         with self._changed:
             while not self._slots:
-                if self._place[0] >= len(self._transfer.blocks):
+                if self._unread[0] >= len(self._transfer.blocks):
                     return None
                 self._pause()
             self._transfer.places.prefer(self._slots[0].part)
@@ -2599,17 +2585,17 @@ class _Window:
     def _pause(self) -> None:
         """Wait for a change; relieve a part that is due and starved."""
         part, transfer = self._transfer.places.due, self._transfer
-        if part is not None and self._is_starved():
-            if self._relieved != (part, part.requests):
-                self._relieved = part, part.requests
-                transfer.transport.close_idle()
-                transfer.places.reduce()
+        request = part, part.requests if part else 0
+        if self._is_starved() and self._relieved != request:
+            self._relieved = request
+            transfer.transport.close_idle()
+            transfer.places.reduce()
         self._changed.wait(_POLL)
         transfer.transport.wait(0)
 
     def _is_starved(self, other: Optional[_Part] = None) -> bool:
-        """Whether the caller has waited long without any response to the part that is
-        due, if it is not `other`: the server may handle only so many connections."""
+        """Whether the part that is due (unless it is `other`) has long had no response
+        while the caller waits: the server may handle only so many connections."""
         part, since = self._transfer.places.due, self._waits_since
         idle_since = None if part is None else part.idle_since
         if since is None or idle_since is None or part is other:
@@ -2625,12 +2611,12 @@ class _Window:
         return window // max(len(self._slots), self._most_slots())
 
     def _claim(self) -> Optional[_Part]:
-        index, start = self._place
+        index, start = self._unread
         if index >= len(self._transfer.blocks):
             return None
         block = self._transfer.blocks[index]
         end = self._next_end(block, start) if self._helpers else None
-        self._place = (index + 1, 0) if end is None else (index, end)
+        self._unread = (index + 1, 0) if end is None else (index, end)
         return _Part(self._transfer, block, start, end)
 
     def _next_end(self, block: _Block, start: int) -> Optional[int]:
@@ -2642,7 +2628,7 @@ class _Window:
 
     def _is_trial_pending(self) -> bool:
         """Whether the next part must wait for the first cut of its object."""
-        index, start = self._place
+        index, start = self._unread
         block = self._transfer.blocks[min(index, len(self._transfer.blocks) - 1)]
         is_whole = start == 0 and self._next_end(block, start) is None
         if is_whole or block.mode == _OWN or block.object.is_proven:
@@ -2710,7 +2696,7 @@ class _Window:
 
 
 class _Naming:
-    """Has the errors of a file that was opened here carry its path."""
+    """Adds the path to errors of a file that was opened here."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -2728,7 +2714,7 @@ class _Output:
 
     def __init__(self, stream: Any, path: str = "") -> None:
         self._stream = stream
-        self._path = path
+        self.path = path
         self._naming = _Naming(path)
         # What messages call it.
         self.name = os.path.basename(path or "output")
@@ -2756,7 +2742,8 @@ class _Output:
             while self.taken < len(data):
                 rest = data[self.taken :]
                 count = self._stream.write(rest)
-                if count is None and not isinstance(self._stream, RawIOBase):
+                is_count = count is not None and count is not True
+                if not is_count and not isinstance(self._stream, RawIOBase):
                     count = len(rest)
                 self.taken += count or self._await_room()
 
@@ -2787,7 +2774,7 @@ class _Output:
                     raise
 
     def close(self) -> None:
-        if self._path:
+        if self.path:
             self._stream.close()
 
 
@@ -2803,14 +2790,14 @@ class _KeptFile(_Output):
     def is_in_place(self) -> bool:
         """Whether it is still the file under its name."""
         found = os.fstat(self._stream.fileno())
-        exists = os.path.lexists(self._path)
-        return exists and os.path.samestat(os.lstat(self._path), found)
+        exists = os.path.lexists(self.path)
+        return exists and os.path.samestat(os.lstat(self.path), found)
 
     def require_in_place(self, size: Optional[int] = None) -> None:
         """BlockingIOError unless it is still the file under its name, and of a size."""
         if not self.is_in_place() or size not in (None, self.size()):
             text = "another process has changed, moved or removed it"
-            raise BlockingIOError(errno.EAGAIN, text, self._path)
+            raise BlockingIOError(errno.EAGAIN, text, self.path)
 
     def close(self) -> None:
         if self._stream.closed:
@@ -2823,12 +2810,12 @@ class _KeptFile(_Output):
         self._stream.close()
         if is_void:
             with contextlib.suppress(OSError):
-                os.remove(self._path)
+                os.remove(self.path)
 
 
 def _open_beside(path: str, like: Optional[os.stat_result]) -> Any:
-    """Open or create a file for reading and appending. Where it is going to replace
-    one, it gets the owner and mode of that, as far as possible, before any data."""
+    """Open or create a file for reading and appending. One that is to replace another
+    (`like`) gets its owner and mode, where possible, before any data."""
     flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -2847,8 +2834,8 @@ def _open_beside(path: str, like: Optional[os.stat_result]) -> Any:
 
 
 def _require_own(path: str, like: Optional[os.stat_result]) -> None:
-    """PermissionError for a file of an owner that is neither this user nor the folder's
-    owner: some shares show one owner for all files."""
+    """PermissionError unless the owner is this user, the folder's (some shares show one
+    for all files) or that of the file to be replaced."""
     found, folder = os.lstat(path), os.stat(os.path.dirname(path))
     # Where there is no geteuid, all owners are 0.
     owners = [getattr(os, "geteuid", int)(), folder.st_uid, (like or folder).st_uid]
@@ -2857,19 +2844,24 @@ def _require_own(path: str, like: Optional[os.stat_result]) -> None:
         raise PermissionError(errno.EPERM, text, path)
 
 
+def _part_path(path: str) -> str:
+    """The part file of a path; its name is short enough for the suffixes."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > _LONGEST_NAME - len(".part.json"):
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, name + ".part")
+
+
 class _PathOutput(_KeptFile):
     """A path: written as `path`.part beside its journal, and renamed when complete."""
 
     def __init__(self, path: str, like: Optional[os.stat_result]) -> None:
         self._target = path
-        folder, name = os.path.split(path)
-        if len(os.fsencode(name)) > _LONGEST_NAME - len(".part.json"):
-            name = hashlib.sha256(os.fsencode(name)).hexdigest()
-        self.part = os.path.join(folder, name + ".part")
+        part = _part_path(path)
         # Opened first, since it holds the lock.
-        self.journal = _Journal(self.part, like)
+        self.journal = _Journal(part, like)
         try:
-            super().__init__(self.part, like)
+            super().__init__(part, like)
         except BaseException:
             self.journal.close()
             raise
@@ -2905,15 +2897,15 @@ class _PathOutput(_KeptFile):
             # Some file systems rename no open file, or report a full quota only here.
             self._stream.close()
         try:
-            os.replace(self.part, self._target)
+            os.replace(self.path, self._target)
         except OSError as error:
             text = "%s; the data is complete and verified in %s: move it by hand"
-            text %= error.strerror, self.part
+            text %= error.strerror, self.path
             raise OSError(error.errno, text, self._target) from None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             folder = os.open(os.path.dirname(self._target), os.O_RDONLY)
+            stack.callback(os.close, folder)
             os.fsync(folder)
-            os.close(folder)
         self.journal.discard()
 
     def close(self) -> None:
@@ -2946,7 +2938,7 @@ class _Journal(_KeptFile):
 
     def __init__(self, part: str, like: Optional[os.stat_result]) -> None:
         super().__init__(part + ".json", like)
-        self._part = part
+        self._part_path = part
         # Bytes that it has if no other process writes to it.
         self._size = self.size()
         # Where the last checkpoint resumes; when one was due: position, time.monotonic.
@@ -2986,7 +2978,9 @@ class _Journal(_KeptFile):
                 if point.block >= 0 and 0 <= point.offset <= point.position:
                     points.append(point)
         if not points:
-            raise ValueError("damaged" if entries[1:] else "no checkpoint yet")
+            raise ValueError(
+                "its journal is damaged" if entries[1:] else "no checkpoint yet"
+            )
         return points
 
     def _require_same(self, first: Dict[str, Any], identity: Dict[str, Any]) -> None:
@@ -2994,7 +2988,7 @@ class _Journal(_KeptFile):
             raise ValueError("its journal is damaged, or of another version")
         if first.get("request") != identity["request"]:
             text = "it is kept for another request; --no-resume (resume=False) drops it"
-            raise FileExistsError(errno.EEXIST, text, self._part)
+            raise FileExistsError(errno.EEXIST, text, self._part_path)
         _require_unreduced(bool(first.get("is_reduced")), identity["is_reduced"])
         if first.get("ticket") != identity["ticket"]:
             raise ValueError("the ticket has changed")
@@ -3138,7 +3132,7 @@ class _Bgzf(_Check):
 
 
 def _odd_size(header: bytes, position: int) -> int:
-    """BSIZE of a header with further subfields, or where these end."""
+    """BSIZE of a header with other subfields; if it is cut off, its end."""
     if header.startswith(_BGZF_MAGIC):
         at, stop = 12, 12 + int.from_bytes(header[10:12], "little")
         if stop > len(header):
@@ -3189,7 +3183,7 @@ def _content(data: bytes) -> bytes:
 
 
 def _check_for(data_format: str, beginning: bytes) -> _Check:
-    """The check for data that begins so; IntegrityError if it cannot be of a format."""
+    """The check for data that begins so; IntegrityError if that is another format."""
     is_bgzf = data_format != "CRAM" and beginning.startswith(_BGZF_MAGIC)
     magic, content = _MAGIC.get(data_format, b""), _content(beginning)
     # The first BGZF block may be shorter than the magic.
@@ -3210,13 +3204,12 @@ class _Verifier:
     """Checks the data of a transfer."""
 
     def __init__(self, ticket: Ticket, options: _Options) -> None:
-        requested = (options.data_format or "").upper()
+        requested = options.data_format or ""
         found = (ticket.format or "").upper()
         if requested and found not in ("", requested):
             text = "%s was requested, but the ticket is for %s"
             raise ProtocolError(text, requested, _printable(found, 40))
-        classes = {block.data_class for block in ticket.blocks}
-        self._needs_end = options.data_class != "header" and classes != {"header"}
+        self._needs_end = options.data_class is None and not _is_header_only(ticket)
         query = options.url if isinstance(options.url, str) else ""
         self._may_be_encrypted = bool(re.search("[?&]encryptionScheme=", query, re.I))
         self._is_encrypted = False
@@ -3269,7 +3262,7 @@ class _Verifier:
     def verdict(self) -> str:
         found = [self._check.name] * bool(self._check.name)
         found += ["MD5"] * bool(self._md5)
-        return "verified: " + ", ".join(found) if found else "nothing to verify"
+        return "verified: " + ", ".join(found) if found else "not verified"
 
 
 # ---- delivery
@@ -3300,7 +3293,7 @@ class _Delivery:
         self._crcs = 0, 0
         # Whether the sizes of all blocks before the one due were announced.
         self._is_announced = True
-        # The block that was due when a checkpoint was.
+        # The block due at the last checkpoint.
         self._noted = 0
         self._total: Optional[int] = None
 
@@ -3311,10 +3304,9 @@ class _Delivery:
         identity = _identity(transfer.source, transfer.ticket)
         if is_resuming and output.size():
             try:
-                points = output.journal.load(identity)
-                return self._resume(output, list(filter(self._is_usable, points)))
+                return self._resume(output, self._usable(output.journal.load(identity)))
             except (LookupError, TypeError, ValueError) as reason:
-                _log.warning("starting over: cannot resume %s: %s", output.part, reason)
+                _log.warning("starting over: cannot resume %s: %s", output.path, reason)
             self._verifier = _Verifier(transfer.ticket, transfer.options)
         output.truncate(0)
         output.journal.begin(identity)
@@ -3339,8 +3331,7 @@ class _Delivery:
         progress = self._transfer.options.progress
         if progress is not None:
             if self._total is None and all(b.size is not None for b in self._blocks):
-                rest = sum(block.size or 0 for block in self._blocks[self._due[0] :])
-                self._total = self.position - self._due[1] + rest
+                self._total = sum(block.size or 0 for block in self._blocks)
             progress(self.position, self._total)
 
     def finish(self) -> str:
@@ -3383,7 +3374,7 @@ class _Delivery:
         self._noted = self._due[0]
 
     def _checkpoint(self) -> _Checkpoint:
-        """Here, if the rest of the block can be requested; or the block's beginning."""
+        """Here, if the rest of the block can be requested; else at its beginning."""
         (index, offset), (before, crc) = self._due, self._crcs
         size, position, announced = None, self.position, self._is_announced
         if offset > 0:
@@ -3398,17 +3389,21 @@ class _Delivery:
         known = {str(one.number): one.record() for one in objects}
         return _Checkpoint(index, offset, size, position, before, crc, announced, known)
 
+    def _usable(self, points: List[_Checkpoint]) -> List[_Checkpoint]:
+        """The checkpoints that the ticket has, with the same bytes from there on."""
+        inline = [block.index for block in self._blocks if block.data is not None]
+        # Crypt4GH headers are encrypted anew for each ticket.
+        first = inline[-1] + 1 if _is_crypt4gh(self._transfer.ticket) else 0
+        usable = [p for p in points if p.block >= first and self._is_usable(p)]
+        if not usable:
+            raise ValueError("the ticket has none of its checkpoints")
+        return usable
+
     def _is_usable(self, point: _Checkpoint) -> bool:
-        """Whether the ticket has such a place, and the same bytes from there on."""
-        rest = self._blocks[point.block :]
-        is_inline = [block.data is not None for block in rest]
-        if _is_crypt4gh(self._transfer.ticket) and any(is_inline):
-            return False
         if point.offset == 0:
             return point.block <= len(self._blocks)
-        if not rest or is_inline[0] or point.size is None:
-            return False
-        return point.offset < point.size <= (rest[0].range_size or point.size)
+        block, size = self._blocks[point.block], point.size or 0
+        return block.data is None and point.offset < size <= (block.range_size or size)
 
     def _resume(self, output: _PathOutput, points: List[_Checkpoint]) -> _Beginning:
         """Resume from the last checkpoint that the kept bytes prove, or ValueError."""
@@ -3419,9 +3414,8 @@ class _Delivery:
             points = points[:count]
         else:
             raise ValueError("it is damaged")
-        point, objects = points[-1], dict(points[0].objects)
-        for earlier in points:
-            objects.update(earlier.objects)
+        point = points[-1]
+        objects = dict(item for one in points for item in one.objects.items())
         output.journal.add(point._replace(objects=objects), point.position)
         output.truncate(point.position)
         for number, record in objects.items():
@@ -3432,7 +3426,7 @@ class _Delivery:
         self._is_announced = point.announced
         self._noted = point.block
         text, words = "resuming %s at byte %d", {"always": True}
-        _log.info(text, output.part, point.position, extra=words)
+        _log.info(text, output.path, point.position, extra=words)
         if point.offset == 0:
             return point.block, None
         block = self._blocks[point.block]
@@ -3446,26 +3440,26 @@ class _Delivery:
         """How many of the checkpoints the kept bytes prove, and the CRC-32 of what is
         kept of the last one's block."""
         self._verifier = _Verifier(self._transfer.ticket, self._transfer.options)
-        block, begin, at, before, crc, part = -1, 0, 0, 0, 0, 0
+        index, begin, at, before, crc, block_crc = -1, 0, 0, 0, 0, 0
         for count, point in enumerate(points):
-            start = point.position - point.offset
+            start, stop = point.position - point.offset, point.position
             with contextlib.suppress(IntegrityError):
-                if point.block != block:
+                if point.block != index:
                     at, crc, _ = self._reread(output, at, start, crc, 0)
-                    block, begin, before, part = point.block, at, crc, 0
-                at, crc, part = self._reread(output, at, point.position, crc, part)
+                    index, begin, before, block_crc = point.block, at, crc, 0
+                at, crc, block_crc = self._reread(output, at, stop, crc, block_crc)
             found = begin, at, before, crc
-            if found != (start, point.position, point.crc_before, point.crc):
+            if found != (start, stop, point.crc_before, point.crc):
                 return count, 0
-        return len(points), part
+        return len(points), block_crc
 
     def _reread(
-        self, output: _PathOutput, at: int, stop: int, crc: int, part: int
+        self, output: _PathOutput, at: int, stop: int, crc: int, block_crc: int
     ) -> Tuple[int, int, int]:
         for data in output.kept(at, stop):
             self._verifier.feed(data)
-            crc, part = zlib.crc32(data, crc), zlib.crc32(data, part)
-        return min(stop, output.size()), crc, part
+            crc, block_crc = zlib.crc32(data, crc), zlib.crc32(data, block_crc)
+        return min(stop, output.size()), crc, block_crc
 
 
 def _out_of_order(index: int) -> HtsgetException:
@@ -3499,12 +3493,14 @@ class _Download:
                 return
             except _ObjectChanged as changed:
                 reason = str(changed)
-            output, source = self._output, self._transfer.source
-            is_final = is_last or isinstance(source, Ticket)
+            output, before = self._output, self._transfer
+            is_final = is_last or isinstance(before.source, Ticket)
             if output is None or not output.is_seekable() or is_final:
                 raise RetryableError(reason)
             _log.warning("%s; fetching everything again", reason)
-            self._transfer = _Transfer(source, self._options)
+            self._transfer = _Transfer(before.source, self._options)
+            is_reduced = _is_reduced(self._transfer.ticket)
+            _require_unreduced(_is_reduced(before.ticket), is_reduced)
             output.truncate(0)
             self._delivery = _Delivery(self._transfer, output)
 
@@ -3546,8 +3542,8 @@ class _Download:
 
 # ---- progress meter and messages
 #
-# The progress line and how messages are written to standard error. That they cannot be
-# written never matters. Owns nothing but the meter's past.
+# The progress line, and messages on standard error. Failures to write them never
+# matter. Owns nothing but the meter's past.
 
 
 def _size(count: float) -> str:
@@ -3656,12 +3652,12 @@ def get(
     regions: an iterable of `Region` or tuples (name, start, end), instead of
         `reference_name`, `start` and `end`.
     bearer_token: str, sent to the ticket server only; or a function that returns it,
-        called before every ticket request. Not sent over plain http to another
-        machine, or through a proxy, unless HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER
-        is set to "I understand the risks".
+        called before every ticket request. Over plain http, sent only to this machine
+        without a proxy, unless HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER is set to
+        "I understand the risks".
     headers: mapping of str to str, sent to the ticket server only (but a User-Agent is
-        sent with every request); None omits one. Without a token and an Authorization
-        here, .netrc is consulted.
+        sent with every request); None is skipped. With neither a token nor an
+        Authorization, .netrc is used.
 
     Where the data goes and how it is fetched:
 
@@ -3677,7 +3673,7 @@ def get(
     verify: bool, check MD5, format and end of the data.
     resume: bool, continue what an earlier run left at PATH.part.
     progress: function called with the bytes so far and in all (None if unknown).
-    ssl_context: ssl.SSLContext for https, instead of the default.
+    ssl_context: ssl.SSLContext for https; its option 0x80 is cleared.
 
     Raises RequestError (also a ValueError) before anything is sent for arguments that
     the protocol forbids, ClientError when the server refuses, ProtocolError when it
@@ -3699,8 +3695,8 @@ def open(url: Union[str, Ticket], **options: Any) -> BufferedReader:
 
     The options are those of `get`, without `output`, and so are the exceptions, which
     any read may raise, and which later reads raise again. A read that returns b"" means
-    that the data is complete and verified. To close the stream, or to leave it as a
-    context manager, ends the transfer, also when another thread reads.
+    that the data is complete and verified. Closing the stream, or leaving it as a
+    context manager, ends the transfer, even while another thread reads.
     """
     known = _options_of_get(url, options)
     download = _Download(_source(known), known, None)
@@ -3714,14 +3710,14 @@ def get_ticket(url: str, **options: Any) -> Ticket:
     takes the ticket in place of a URL.
     """
     known = _options_of_get(url, options)
-    return _request(_TicketRequest(known), known, _parse_ticket)
+    return _parse_ticket(_request(_TicketRequest(known), known))
 
 
 def service_info(url: str, **options: Any) -> Dict[str, Any]:
     """What an htsget server says about itself (spec: "GET /reads/service-info").
 
-    url: str, an address of the server: of its service-info, its reads or variants, or
-        of one of these. The options are those of `get`, and so are the exceptions;
+    url: str, an address of the server: its service-info, its reads or variants, or
+        one of these. The options are those of `get`, and so are the exceptions;
         only those for the connection matter. Returns the JSON object.
     """
     known = _options_of_get(url, options)
@@ -3732,7 +3728,7 @@ def service_info(url: str, **options: Any) -> Dict[str, Any]:
     address = parts._replace(path=path).geturl()
     login = {"bearer_token": known.bearer_token, "headers": known.headers}
     request = _TicketRequest(_options_of_get(address, login))
-    return _request(request, known, lambda raw: _parse_json(raw, "the service-info"))
+    return _parse_json(_request(request, known), "the service-info")
 
 
 # A name and positions; a name in braces may have colons.
@@ -3791,12 +3787,10 @@ def _require_no_request(given: Mapping[str, Any]) -> None:
         raise RequestError("%s cannot be combined with a ticket", ", ".join(wrong))
 
 
-def _request(
-    request: _TicketRequest, options: _Options, parse: Callable[[bytearray], _Parsed]
-) -> _Parsed:
+def _request(request: _TicketRequest, options: _Options) -> bytearray:
     transport = _Transport(options, request.user_agent)
     try:
-        return _request_json(transport, request, options, parse)
+        return _request_json(transport, request, options)
     finally:
         transport.stop()
 
@@ -3857,7 +3851,7 @@ _Args = argparse.Namespace
 # Signals that end a run in order, and what the message says then.
 _SIGNALS = {1: "hung up", 2: "interrupted", 15: "terminated"}
 
-# What to do about a refusal, by status and place.
+# What to do about a refusal, by status and what was refused.
 _HINTS = {
     (401, "ticket"): "the server needs a login: -b or --bearer-token-file",
     (401, "ticket with login"): "the server does not accept this login",
@@ -3900,8 +3894,8 @@ def main(argv: Optional[List[str]] = None) -> int:
       http_proxy https_proxy ALL_PROXY no_proxy   proxies, and what to reach without
       SSL_CERT_FILE SSL_CERT_DIR                  CA certificates, not the system's
       REQUESTS_CA_BUNDLE CURL_CA_BUNDLE           more CA certificates
-      HTS_AUTH_LOCATION                           file with the token; without, ~/.netrc
-      NETRC                                       or this file has the login
+      HTS_AUTH_LOCATION                           file with the token; else ~/.netrc
+      NETRC                                       file instead of ~/.netrc
       HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER  "I understand the risks": tokens over
                                                   http
 
@@ -3944,7 +3938,7 @@ def _run(argv: List[str]) -> Tuple[int, str]:
 
 @contextlib.contextmanager
 def _ended_by_signals(received: List[int]) -> Iterator[None]:
-    """Let signals end in order what runs here, and note them: their exception may
+    """Let signals end what runs here cleanly, and record them: the exception may
     surface as another one, such as a RuntimeError of Condition.wait()."""
 
     def end(number: int, frame: Any) -> None:
@@ -4012,19 +4006,22 @@ def _outcome(error: BaseException, args: _Args, signals: List[int]) -> Tuple[int
 
 
 def _kept(args: _Args, how: str) -> str:
+    part = _part_path(os.path.realpath(args.output or "-"))
     with contextlib.suppress(OSError):
-        part = os.path.realpath(args.output or "-") + ".part"
         size = os.stat(part).st_size
-        return "; %s kept in %s%s" % (_size(size), part, how) if size else ""
+        with _open(part + ".json", "rb") as journal:
+            # Without a checkpoint, nothing can be resumed.
+            is_kept = size > 0 and (not how or journal.read().count(b"\n") > 1)
+        return "; %s kept in %s%s" % (_size(size), part, how) if is_kept else ""
     return ""
 
 
 def _hint(error: Exception, args: _Args) -> str:
-    place, status = getattr(error, "_place", ""), getattr(error, "status", 0)
+    kind, status = getattr(error, "_kind", ""), getattr(error, "status", 0)
     hint = ""
-    if (status, place) in _HINTS:
-        hint = "; " + _HINTS[status, place]
-    elif place == "data block":
+    if (status, kind) in _HINTS:
+        hint = "; " + _HINTS[status, kind]
+    elif kind == "data block":
         if not _is_url(args.url):
             hint = "; the URLs of the ticket may have expired: get a new ticket"
     elif _is_url(args.url) and not args.service_info:
@@ -4064,11 +4061,11 @@ def _print(text: str) -> None:
 
 def _output(args: _Args) -> Union[str, FileIO]:
     if args.output == "":
-        raise RequestError("the output has no name; give -O PATH or -O -")
+        raise RequestError("the name after -O is empty; give -O PATH or -O -")
     if args.output not in (None, "-"):
         return str(args.output)
     if sys.stdout is None:
-        raise RequestError("standard output is closed; give -O PATH")
+        raise RequestError("stdout is closed; give -O PATH")
     if args.output is None and _is_terminal(sys.stdout):
         raise RequestError("not writing data to a terminal; give -O PATH or -O -")
     return FileIO(sys.stdout.fileno(), "w", closefd=False)
@@ -4082,7 +4079,7 @@ def _read_ticket(args: _Args) -> Ticket:
     _require_no_request(vars(args))
     if args.url != "-" and not os.path.exists(args.url):
         text = "%s is not a file with a ticket, nor a URL: begin with https://"
-        raise RequestError(text, _printable(args.url, 100))
+        raise RequestError(text, _printable(args.url.partition("?")[0], 100))
     return _parse_ticket(bytearray(_read_text(args.url).encode("utf-8")))
 
 
@@ -4126,7 +4123,9 @@ def _options(args: _Args) -> Dict[str, Any]:
     variable = "HTS_AUTH_LOCATION" if _is_url(args.url) else ""
     path = args.bearer_token_file or os.environ.get(variable)
     if args.bearer_token is None and path:
-        options["bearer_token"] = functools.partial(_read_token, path)
+        # Read again for each ticket request; a pipe gives it once.
+        read = functools.partial(_read_token, path)
+        options["bearer_token"] = read if os.path.isfile(path) else read()
     if re.search(r".:[0-9,]+-[0-9,]*\Z", args.reference_name or ""):
         raise RequestError("-r takes a name only; give a region with --region")
     regions = list(map(parse_region, args.regions or []))
@@ -4148,7 +4147,7 @@ def _parse_headers(values: List[str]) -> Dict[str, str]:
             else:
                 name, value = re.split(r"\s*:\s*", text, maxsplit=1)
                 headers[name] = value
-    except ValueError:
+    except (RecursionError, ValueError):
         raise RequestError("-H takes 'Name: value' or a JSON object") from None
     return headers
 
@@ -4187,6 +4186,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         if "expected one argument" in message:
             message += "; if it begins with '-', put '=' before it, as in -b=-TOKEN"
+        message = re.sub("(explicit argument|option:) .*", r"\1 (not shown)", message)
         raise RequestError("%s (see htsget --help)", message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
