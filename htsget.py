@@ -1272,13 +1272,10 @@ class _Transport(urllib.request.BaseHandler):
         headers: Mapping[str, str],
         body: Optional[bytes] = None,
         is_callers: bool = False,
-        fresh: bool = False,
     ) -> _Response:
         """The response after redirects. `is_callers`: with the caller's own headers."""
         pairs = [("User-Agent", self._user_agent), *headers.items()]
         own = {k.lower(): (k, v) for k, v in pairs if k.lower() not in _FRAMING_HEADERS}
-        if fresh:
-            self.close_idle()
         request: Any = _Request(url, own, body, is_callers)
         response: Any = self._opener.open(request, timeout=self._timeout)
         has_moved = _origin(response.url) != _origin(request.full_url)
@@ -1288,7 +1285,7 @@ class _Transport(urllib.request.BaseHandler):
             # A signed URL does not bear a second login.
             response.read_text()
             del own["authorization"]
-            return self.request(response.url, dict(own.values()), fresh=fresh)
+            return self.request(response.url, dict(own.values()))
         return response  # type: ignore
 
     def http_open(self, req: _Request) -> _Response:
@@ -1916,7 +1913,7 @@ def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
     for a changed Range; for the ticket's own, ProtocolError or _IgnoresRange."""
     text = response.headers.get("content-range")
     said = _content_range(text or "")
-    length, wanted = response.length, block.range_size
+    length, wanted, base = response.length, block.range_size, block.base
     is_partial = response.status == 206
     is_odd = "multipart/" in response.headers.get("content-type", "").lower()
     if is_odd or (said is not None and length not in (None, said[1] - said[0])):
@@ -1928,10 +1925,10 @@ def _locate(block: _Block, ask: _Ask, response: _Response) -> _Span:
         raise _NotUseful(_of(block, response, "not certainly of the requested Range"))
     if is_partial and not block.has_range:
         return _Span(0, length, length)
-    is_same = said is not None and said[0] == block.base and wanted in (None, length)
+    is_same = said is not None and said[:2] == (base, base + (wanted or said[2] or 0))
     if is_odd or (text is not None and not is_same):
         raise _damaged(block, response, "not of the requested Range")
-    if block.base == 0 and wanted is None and not is_partial:
+    if base == 0 and wanted is None and not is_partial:
         return _Span(0, length, length)
     if wanted is not None and length in (None, wanted):
         return _Span(0, wanted, wanted, is_in_doubt=length is None)
@@ -2092,25 +2089,19 @@ class _Part:
     the part's first response or, without one, by their CRC-32."""
 
     def __init__(
-        self,
-        transfer: _Transfer,
-        block: _Block,
-        start: int,
-        end: Optional[int],
-        kept: Tuple[int, int] = (0, 0),
+        self, transfer: _Transfer, block: _Block, start: int, end: Optional[int]
     ) -> None:
-        """`kept`: how many bytes an earlier run has kept, and their CRC-32."""
         self.block = block
         self.start = start
         self.end = end
-        self.position = start + kept[0]
+        self.position = start
         # Since when it lacks a response (time.monotonic, or None); its requests so far.
         self.idle_since: Optional[float] = time.monotonic()
         self.requests = 0
         self._transfer = transfer
         # None before the first response, "" if that had none; for a cut, the object's.
         self._etag = block.object.known.etag if start > 0 else None
-        self._crc = kept[1] if start == 0 else None
+        self._crc = 0 if start == 0 else None
         # Counts of failures since data came last; what the last one was ("status" …).
         self._trouble: Dict[str, int] = collections.Counter()
         # The last request, and what the places had when it was sent.
@@ -2127,6 +2118,10 @@ class _Part:
     def _is_at_end(self, offset: int) -> bool:
         limit = self.limit()
         return limit is not None and offset >= limit
+
+    def resume(self, position: int, crc: int) -> None:
+        """Begin after the bytes that an earlier run has kept, with their CRC-32."""
+        self.position, self._crc = position, crc
 
     def stop_at(self, end: int) -> None:
         """Let the part end earlier; called by the thread that reads it."""
@@ -2153,18 +2148,19 @@ class _Part:
                 self.idle_since = self.idle_since or time.monotonic()
 
     def _attempt(self) -> Generator[bytes, None, None]:
-        block, trouble = self.block, self._trouble
+        block, transport = self.block, self._transfer.transport
         if block.data is not None:
             yield block.data[self.position :]
             return
         with self._transfer.places.hold(self) as self._numbers:
             # If-Range makes a replica with another ETag send the whole object.
-            if_range = not trouble["full"]
+            if_range = not self._trouble["full"]
             self._ask = ask = _ask_for(block, self.position, self.limit(), if_range)
             self.requests += 1
-            url, headers, *_ = ask.request
-            fresh = trouble["contradictions"] > 0
-            response = self._transfer.transport.request(url, headers, fresh=fresh)
+            if self._trouble["contradictions"]:
+                # A new connection may lead to another replica.
+                transport.close_idle()
+            response = transport.request(ask.request.url, ask.request.headers)
             with contextlib.closing(response):
                 reply = self._judge(ask, response)
                 self.idle_since = None
@@ -2259,7 +2255,7 @@ class _Part:
         block, (ask, response, evidence, span) = self.block, reply
         is_new = span.size not in (None, block.size) and block.size is not None
         is_short = (span.size or sys.maxsize) < self.position
-        if is_short or (is_new and block.range_size is None):
+        if is_short or (is_new and (block.is_announced or block.range_size is None)):
             raise _Contradiction("data block %d has another size", block.index + 1)
         if not span.is_in_doubt:
             ask.request.object.learn(evidence, ask)
@@ -2294,7 +2290,7 @@ class _Part:
         status, crowded = trouble.pop("status", 0), trouble.pop("crowded", 0)
         trouble["repeats"] += crowded > 0
         is_stale = ask.request.renewal != block.request.renewal
-        if isinstance(error, _EndedEarly) and has_new:
+        if self.is_complete() or (isinstance(error, _EndedEarly) and has_new):
             return
         if isinstance(error, _Contradiction):
             if not is_stale:
@@ -2382,7 +2378,11 @@ def _bounded(block: _Block, reply: _Reply) -> Iterator[bytes]:
             if span.is_in_doubt:
                 text = "the server ignores the Range header"
                 raise _IgnoresRange(_of(block, response, text))
-            raise _damaged(block, response, "more data than announced")
+            text = _of(block, response, "more data than announced")
+            if offset - len(data) > span.start:
+                # Nothing shows which bytes are right.
+                raise _ObjectChanged(text)
+            raise ProtocolError(text, transient=True)
         yield data
 
 
@@ -2509,7 +2509,8 @@ class _Window:
     def _read(self, part: _Part) -> Iterator[_Chunk]:
         self._transfer.places.prefer(part)
         with contextlib.closing(part.read()) as chunks:
-            for data in chunks if self._most == 1 else self._watched(part, chunks):
+            is_watched = self._most > 1 and part.block.data is None
+            for data in self._watched(part, chunks) if is_watched else chunks:
                 yield part.block.index, part.position - len(data), data
 
     def _watched(self, part: _Part, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -2695,18 +2696,15 @@ class _Window:
 # name only when it is complete (promise 1), and what was fetched is kept (promise 2).
 
 
-class _Naming:
-    """Adds the path to errors of a file that was opened here."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._path and isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, self._path) from None
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Add the path to errors of a file that was opened here."""
+    try:
+        yield
+    except OSError as error:
+        if not path or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 class _Output:
@@ -2715,7 +2713,6 @@ class _Output:
     def __init__(self, stream: Any, path: str = "") -> None:
         self._stream = stream
         self.path = path
-        self._naming = _Naming(path)
         # What messages call it.
         self.name = os.path.basename(path or "output")
         # How many bytes of the last write got there.
@@ -2738,7 +2735,7 @@ class _Output:
 
     def write(self, data: bytes) -> None:
         self.taken = 0
-        with self._naming:
+        with _naming(self.path):
             while self.taken < len(data):
                 rest = data[self.taken :]
                 count = self._stream.write(rest)
@@ -2757,13 +2754,13 @@ class _Output:
         return 0
 
     def truncate(self, position: int) -> None:
-        with self._naming:
+        with _naming(self.path):
             self._stream.seek((self._start or 0) + position)
             self._stream.truncate()
 
     def commit(self, size: int) -> None:
         """The data is complete, `size` bytes: have it on the disk."""
-        with self._naming:
+        with _naming(self.path):
             if hasattr(self._stream, "flush"):
                 self._stream.flush()
             try:
@@ -2804,11 +2801,14 @@ class _KeptFile(_Output):
             return
         is_void = self.size() == 0 and self.is_in_place()
         with contextlib.suppress(AttributeError, OSError):
+            if is_void and fcntl is not None:
+                # As long as no other process can lock it.
+                os.remove(self.path)
             # A forked process would keep the lock.
             fcntl.flock(self._stream.fileno(), fcntl.LOCK_UN)
-        # Windows removes no open file.
         self._stream.close()
-        if is_void:
+        if is_void and fcntl is None:
+            # Windows removes no open file, and locks none.
             with contextlib.suppress(OSError):
                 os.remove(self.path)
 
@@ -2869,7 +2869,7 @@ class _PathOutput(_KeptFile):
         self._start = 0
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
-        with self._naming:
+        with _naming(self.path):
             self._stream.seek(start)
             while start < min(stop, self.size()):
                 data = self._stream.read(min(_CHUNK, stop - start))
@@ -2893,7 +2893,7 @@ class _PathOutput(_KeptFile):
         super().commit(size)
         self.require_in_place(size)
         self.journal.require_untouched()
-        with self._naming:
+        with _naming(self.path):
             # Some file systems rename no open file, or report a full quota only here.
             self._stream.close()
         try:
@@ -3433,7 +3433,8 @@ class _Delivery:
         block.learn_size(point.size)
         if point.announced:
             block.announce(is_divisible=False)
-        part = _Part(self._transfer, block, 0, None, kept=(point.offset, crc))
+        part = _Part(self._transfer, block, 0, None)
+        part.resume(point.offset, crc)
         return point.block + 1, part
 
     def _prove(self, output: _PathOutput, points: List[_Checkpoint]) -> Tuple[int, int]:
