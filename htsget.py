@@ -1072,7 +1072,7 @@ class _Response(http.client.HTTPResponse):
         self.fp: Any = _Lines(self.fp.detach(), _FIRST_READ)
         self.asked = request
         self.url = request.full_url
-        self._connection: Optional[_Connection] = connection
+        self._connection = connection
         self._start = b""
         self._chunks = self._receive(connection)
 
@@ -1140,7 +1140,8 @@ class _Response(http.client.HTTPResponse):
         self._release(is_complete=False)
 
     def _release(self, is_complete: bool) -> None:
-        connection, self._connection = self._connection, None
+        # There is none yet if a signal interrupts the constructor.
+        connection = vars(self).pop("_connection", None)
         if connection is not None:
             is_reusable = is_complete and self.is_framed and not self.will_close
             if not is_reusable:
@@ -1499,8 +1500,7 @@ def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
 
 
 def _network_error(error: Exception, request: _Request, is_known: bool) -> Exception:
-    """Our exception for one of the library's. `is_known`: the server has responded
-    before."""
+    """Our exception for a library error. `is_known`: the server has responded before."""
     if isinstance(error, HtsgetException) or not isinstance(error, _BROKEN):
         return error
     where = request.where()

@@ -2520,7 +2520,7 @@ def test_two_nodes_with_etags_of_their_own(server, kind, first):
 @pytest.mark.parametrize("connections", [1, 4])
 @pytest.mark.parametrize("etag, new", [('"1"', (NEW, '"2"')), (None, (LONGER, None))])
 def test_blocks_of_an_object_that_changes(server, make, kind, connections, etag, new):
-    file = File(OLD, etag, faults=[None] * 3 + [Fault(then=new)])
+    file = File(OLD, etag, faults=[None] * (3 // connections) + [Fault(then=new)])
     blocks = sliced(server.at("/b", file), len(OLD), 8, make)
     expected = CHANGED if kind == "pipe" else new[0][: len(OLD)]
     check(expected, server.ticket(blocks), kind, connections=connections)
@@ -4965,9 +4965,6 @@ def test_a_service_info_that_is_none_is_an_error(server, route, error, count):
     assert len(server.requests) == count
 
 
-# -- memory and types
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 @pytest.mark.skipif(PYPY, reason="PyPy collects its garbage later")
 @pytest.mark.parametrize("uri, count", [("data:;base64,A", 30), ("data:,%41", 2)])
@@ -5319,9 +5316,10 @@ def test_a_signal_before_any_data_ends_a_run(tmp_path):
         server.at(path, Fault(wait=True))
         with running(url, "-O", tmp_path / name) as process:
             server.wait_until(lambda s: s.asked(path))
-            (line,) = end_by(process, name).splitlines()
-        assert process.returncode == status and line.startswith("htsget: error: ")
-        assert not re.search(r"kept|resume|\.part", line), line
+            time.sleep(0.1)
+            said = end_by(process, name)
+        assert process.returncode == status and said.startswith("htsget: error: ")
+        assert not re.search(r"kept|resume|\.part|\n.", said), said
 
     at_once(test, [("/t", "INT", 130), ("/b", "TERM", 143), ("/b", "HUP", 129)])
     assert os.listdir(str(tmp_path)) == []
