@@ -1500,7 +1500,7 @@ def _content_range(text: str) -> Optional[Tuple[int, int, Optional[int]]]:
 
 
 def _network_error(error: Exception, request: _Request, is_known: bool) -> Exception:
-    """Our exception for a library error. `is_known`: the server has responded before."""
+    """Our exception for a library error. `is_known`: the server has responded once."""
     if isinstance(error, HtsgetException) or not isinstance(error, _BROKEN):
         return error
     where = request.where()
