@@ -570,7 +570,9 @@ class _TicketRequest:
                 problem = _header_problem(name, value)
                 if problem:
                     raise RequestError("headers: %s", problem)
-                self._headers[name] = value
+                # A token and cookies take these names' place.
+                is_special = name.lower() in ("authorization", "cookie")
+                self._headers[name.title() if is_special else name] = value
         given = {name.lower(): value for name, value in self._headers.items()}
         self.user_agent = given.get("user-agent")
         self._token = options.bearer_token
@@ -654,8 +656,8 @@ def _url_problem(url: str) -> Optional[str]:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https"):
             return "the URL is neither http nor https; begin with https://"
-        # The library would decode percent signs.
-        if parts.port != 0 and re.fullmatch("[^%]+", parts.hostname or ""):
+        # The library would decode percent signs; a zone of IPv6 has one.
+        if parts.port != 0 and re.fullmatch(r"[^%]+|.*:.*%25\w+", parts.hostname or ""):
             return None
     return "the host or port of the URL is missing or malformed"
 
@@ -932,9 +934,8 @@ def _object_key(block: DataBlock) -> Tuple[Any, ...]:
 
 
 def _outline(ticket: Ticket) -> List[Any]:
-    """What equivalent tickets have in common: format, MD5, each block's class, Range
-    and inline data; path, query and headers of a block without a Range, unless it is
-    the only one. Crypt4GH headers are encrypted anew for each ticket."""
+    """What equivalent tickets have in common. A block without a Range may have it in the
+    query, unless it is the only one; Crypt4GH headers are encrypted anew each time."""
     is_encrypted = _is_crypt4gh(ticket)
     outline: List[Any] = [ticket.format, (ticket.md5 or "").lower()]
     for block in ticket.blocks:
@@ -1540,7 +1541,7 @@ def _permanent_problem(error: Exception, words: str, is_known: bool) -> str:
 def _explanation(text: str) -> Tuple[str, str]:
     """The error and message in an error body: JSON of whatever make, or text."""
     # S3 repeats an expired token.
-    text = re.sub(r"[\w.~+=-]{40,}", "...", text)
+    text = re.sub(r"(?a)(\\u\w{4}|\\.)|[\w.~+=/-]{50,}", lambda m: m[1] or "...", text)
     if not re.match(r"\s*[{\[]", text):
         return "", re.sub(r"(?is)<(style|script)\b.*?(</\1>|$)|<[^<>]*>", " ", text)
     # Nothing else of a JSON document is shown: it might be a ticket.
@@ -1696,19 +1697,17 @@ class _Evidence(NamedTuple):
 class _Object:
     """The object behind a URL that blocks may share, as responses have shown it."""
 
-    def __init__(self, number: int, url: str, known: _Evidence) -> None:
+    def __init__(self, number: int, url: str, kin: Optional["_Object"] = None) -> None:
         # The number of the first block that shares it: its name in the journal.
         self.number = number
-        self.known = known
-        # A changed Range of it has worked in this run.
-        self.is_proven = False
-        # Two nodes with different ETags take turns behind one name.
-        self.has_two_nodes = False
-        self.was_contradicted = False
+        self.known: _Evidence = kin.known._replace(etag="") if kin else _Evidence("")
+        # A changed Range has worked in this run; nodes with different ETags take turns.
+        self.is_proven = self.has_two_nodes = self.was_contradicted = False
         self._origin = _origin(url)
-        # By the origins that renewed URLs lead to.
-        self._elsewhere: Dict[Any, _Object] = {}
-        self._lock = threading.Lock()
+        # The nodes, by origin, that renewed URLs lead to: `kin` is one of them.
+        self._nodes: Dict[Any, _Object] = kin._nodes if kin else {}
+        self._lock: Any = kin._lock if kin else threading.Lock()
+        self._nodes[self._origin] = self
 
     def check(self, evidence: _Evidence) -> None:
         """Raise _Contradiction if a response is of another object."""
@@ -1732,15 +1731,17 @@ class _Object:
             if evidence.total is None or not (known.total is None or known.is_slice):
                 evidence = known._replace(etag=evidence.etag)
             self.known = evidence._replace(etag=known.etag or evidence.etag)
+            for node in self._nodes.values():
+                node._share(self.known)
             self.is_proven = self.is_proven or ask.is_changed
+
+    def _share(self, known: _Evidence) -> None:
+        self.known = known._replace(etag=self.known.etag)
 
     def at(self, url: str) -> "_Object":
         """The object behind a renewed URL: another node makes its own ETags."""
-        origin = _origin(url)
-        if origin != self._origin and origin not in self._elsewhere:
-            known = self.known._replace(etag="")
-            self._elsewhere[origin] = _Object(self.number, url, known)
-        return self._elsewhere.get(origin, self)
+        with self._lock:
+            return self._nodes.get(_origin(url)) or _Object(self.number, url, self)
 
     def record(self) -> List[Any]:
         return [*self.known, *self._origin]
@@ -1789,7 +1790,7 @@ class _Block:
         url, headers = _url_and_headers(entry)
         # A block without a Range is an object by itself: its query may name a slice.
         key = _object_key(entry) if self.has_range else index
-        found = shared.setdefault(key, _Object(index, url, _Evidence("")))
+        found = shared.setdefault(key, _Object(index, url))
         self.request = _BlockRequest(url, headers, found, 0)
         signed = ";".join(_SIGNED_HEADERS.findall(url))
         if "range" in re.split("[;,]", urllib.parse.unquote(signed).lower()):
@@ -2200,7 +2201,7 @@ class _Part:
 
     def _new_bytes(self, reply: _Reply) -> Iterator[bytes]:
         """Drop the bytes of a response before `position`, and yield those after it."""
-        span, body = reply.span, _bounded(self.block, reply)
+        span, body = reply.span, _bounded(self.block, reply, self.position)
         rest = self._drop(reply, body)
         self._learn(reply)
         first = offset = self.position
@@ -2368,7 +2369,7 @@ class _Part:
                 retry.progress(_PROGRESS)
 
 
-def _bounded(block: _Block, reply: _Reply) -> Iterator[bytes]:
+def _bounded(block: _Block, reply: _Reply, position: int) -> Iterator[bytes]:
     span, response = reply.span, reply.response
     end = block.size if span.end is None else span.end
     offset = span.start
@@ -2379,7 +2380,7 @@ def _bounded(block: _Block, reply: _Reply) -> Iterator[bytes]:
                 text = "the server ignores the Range header"
                 raise _IgnoresRange(_of(block, response, text))
             text = _of(block, response, "more data than announced")
-            if offset - len(data) > span.start:
+            if offset - len(data) > position:
                 # Nothing shows which bytes are right.
                 raise _ObjectChanged(text)
             raise ProtocolError(text, transient=True)
@@ -2978,9 +2979,8 @@ class _Journal(_KeptFile):
                 if point.block >= 0 and 0 <= point.offset <= point.position:
                     points.append(point)
         if not points:
-            raise ValueError(
-                "its journal is damaged" if entries[1:] else "no checkpoint yet"
-            )
+            what = "its journal is damaged" if entries[1:] else "no checkpoint yet"
+            raise ValueError(what)
         return points
 
     def _require_same(self, first: Dict[str, Any], identity: Dict[str, Any]) -> None:
@@ -3331,7 +3331,8 @@ class _Delivery:
         progress = self._transfer.options.progress
         if progress is not None:
             if self._total is None and all(b.size is not None for b in self._blocks):
-                self._total = sum(block.size or 0 for block in self._blocks)
+                rest = sum(block.size or 0 for block in self._blocks[self._due[0] :])
+                self._total = self.position - self._due[1] + rest
             progress(self.position, self._total)
 
     def finish(self) -> str:
@@ -4008,11 +4009,10 @@ def _outcome(error: BaseException, args: _Args, signals: List[int]) -> Tuple[int
 
 def _kept(args: _Args, how: str) -> str:
     part = _part_path(os.path.realpath(args.output or "-"))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _open(part + ".json" * bool(how), "rb") as file:
         size = os.stat(part).st_size
-        with _open(part + ".json", "rb") as journal:
-            # Without a checkpoint, nothing can be resumed.
-            is_kept = size > 0 and (not how or journal.read().count(b"\n") > 1)
+        # Without a checkpoint, nothing can be resumed.
+        is_kept = size > 0 and (not how or file.read().count(b"\n") > 1)
         return "; %s kept in %s%s" % (_size(size), part, how) if is_kept else ""
     return ""
 
