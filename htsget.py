@@ -934,8 +934,8 @@ def _object_key(block: DataBlock) -> Tuple[Any, ...]:
 
 
 def _outline(ticket: Ticket) -> List[Any]:
-    """What equivalent tickets have in common. A block without a Range may have it in the
-    query, unless it is the only one; Crypt4GH headers are encrypted anew each time."""
+    """What equivalent tickets have in common. A block without a Range may have one in
+    its query, unless it is the only one; Crypt4GH headers are encrypted anew."""
     is_encrypted = _is_crypt4gh(ticket)
     outline: List[Any] = [ticket.format, (ticket.md5 or "").lower()]
     for block in ticket.blocks:

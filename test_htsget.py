@@ -2421,13 +2421,6 @@ def test_a_server_of_nothing_but_the_tickets_ranges(server, make, refusal):
         assert set(server.ranges("/b")) == {OWN}
 
 
-def test_a_gateway_that_ends_each_206_and_refuses_other_ranges(server):
-    short = spoil(206, SHORT, OLD[1000:101000], match=OWN, times=None)
-    file = File(OLD, only=[OWN], faults=[Fault(**short)])
-    check(ERROR, one_block(server, OWN, file), max_retries=3)
-    assert len(server.asked("/b")) < 30
-
-
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("total", ["size", "slice", "*"])
 def test_cut_twice(server, framing, total):
@@ -2644,6 +2637,22 @@ def test_renewed_urls_that_lead_to_other_nodes(server):
         )
         check(OLD + b"tail", ticket, "pipe")
         assert sum(node.sent for node in nodes) < 1.3 * len(OLD)
+
+
+def test_the_nodes_of_an_object_agree(server, other_server):
+    def test(kind, expected, *nodes):
+        nodes, spans = [*nodes, nodes[-1]], [(0, 150000), (150000, 300000)]
+        url = server.ticket(lambda n: [closed(u, *s) for u, s in zip(nodes[n], spans)])
+        check(expected, url, kind, connections=1)
+
+    ours = server.at("/1", File(LONGER, faults=[Fault(403, match="=0-", times=None)]))
+    other = other_server.at("/1", File(OLD))
+    test("pipe", CHANGED, (ours, ours), (other, ours))
+    # They part, and meet again.
+    ours, other = [node.at("/2", Fault(403)) for node in (server, other_server)]
+    file = File(OLD, '"1"', faults=[Fault(then=(NEW, '"2"'))])
+    last = server.at("/3", file).replace("127.0.0.1", "localhost")
+    test("seekable", NEW, (ours, ours), (other, ours), (last, last))
 
 
 @pytest.mark.parametrize("reduced", ["allowed", "header"])
@@ -4397,13 +4406,6 @@ def test_progress_counts_every_byte_once(server, connections, framing):
     check(SECOND, server.ticket([server.url + "/2"]), **options)
     known = len(SECOND) if framing == "length" else None
     assert {total for _, total in calls} == {known}
-
-
-def test_an_error_of_the_progress_function_ends_the_transfer(server, kind):
-    url = server.ticket(sliced(server.at("/b", File(FIRST)), len(FIRST), 9))
-    with pytest.raises(Death):
-        fetch(url, kind, progress=dying_at(300000), connections=1)
-    assert len(server.asked("/b")) < 9
 
 
 def test_a_transfer_that_begins_again_keeps_nothing_of_the_first(server, tmp_path):
