@@ -1748,8 +1748,9 @@ class _Object:
 
     def recall(self, record: List[Any]) -> None:
         etag, total, is_slice, *origin = record
-        is_here = tuple(origin) == self._origin
-        self.known = _Evidence(etag if is_here else "", total, is_slice)
+        etag = etag if tuple(origin) == self._origin else self.known.etag
+        size = self.known[1:] if total is None else (total, is_slice)
+        self.known = _Evidence(etag, *size)
 
 
 class _BlockRequest(NamedTuple):
@@ -2191,11 +2192,11 @@ class _Part:
         """The body may be the slice or the whole file: only its end will tell."""
         block = self.block
         text = _of(block, response, "neither Content-Range nor Content-Length")
-        if not response.is_framed:
-            raise ProtocolError(text)
         is_vouched = self._crc is None and self.position > 0
         if is_vouched or block.object.is_proven or self.end not in (None, block.size):
             raise RetryableError(text)
+        if not response.is_framed:
+            raise ProtocolError(text)
         self._etag, self._crc = "", self._crc or 0
         block.use_own_requests(is_in_doubt=True)
 
@@ -2229,8 +2230,7 @@ class _Part:
             yield held
 
     def _drop(self, reply: _Reply, body: Iterator[bytes]) -> bytes:
-        """Drop what lies before `position`; return the rest of the last chunk. What is
-        dropped of the ticket's own Range must be the bytes already yielded."""
+        """Drop what precedes `position`, if it is what was yielded; return the rest."""
         left, crc, rest = self.position - reply.span.start, 0, b""
         is_vouched = bool(self._etag) and reply.evidence.etag == self._etag
         needs_proof = not reply.ask.is_changed and self.position > 0
@@ -2290,20 +2290,19 @@ class _Part:
         ask, block, trouble = self._ask, self.block, self._trouble
         status, crowded = trouble.pop("status", 0), trouble.pop("crowded", 0)
         trouble["repeats"] += crowded > 0
-        is_stale = ask.request.renewal != block.request.renewal
-        if self.is_complete() or (isinstance(error, _EndedEarly) and has_new):
+        is_ignored = isinstance(error, _IgnoresRange)
+        trouble["ignored"] = trouble["ignored"] + 1 if is_ignored else 0
+        is_free = self.is_complete() or ask.request.renewal != block.request.renewal
+        if is_free or (isinstance(error, _EndedEarly) and has_new):
             return
         if isinstance(error, _Contradiction):
-            if not is_stale:
-                self._repeat_elsewhere(error, retry)
+            self._repeat_elsewhere(error, retry)
         elif crowded > 1 or (crowded and trouble["repeats"] == 1):
             _log.warning("%s; trying again with fewer requests at once", error)
             self._transfer.transport.wait(error._retry_after)
         elif status in _REFUSED_STATUS:
-            if not is_stale:
-                self._descend(error, ask)
-        elif isinstance(error, _IgnoresRange):
-            trouble["ignored"] += 1
+            self._descend(error, ask)
+        elif is_ignored:
             if trouble["ignored"] > 1:
                 is_proven = block.object.is_proven
                 self._pause(RetryableError(str(error)) if is_proven else error, retry)
@@ -3385,9 +3384,10 @@ class _Delivery:
                 position, offset, size, crc = position - offset, 0, None, before
             else:
                 announced = announced and block.is_announced
-        recent = self._blocks[self._noted : index + 1]
-        objects = {block.object for block in recent if block.data is None}
-        known = {str(one.number): one.record() for one in objects}
+        remote = [b for b in self._blocks[self._noted : index + 1] if b.data is None]
+        known = {str(block.object.number): block.object.record() for block in remote}
+        # The ticket of a later run may share objects otherwise.
+        known.update({str(b.index): b.object.record() for b in remote[-1:]})
         return _Checkpoint(index, offset, size, position, before, crc, announced, known)
 
     def _usable(self, points: List[_Checkpoint]) -> List[_Checkpoint]:

@@ -2453,7 +2453,6 @@ def test_an_object_that_is_replaced(server, etags, new, ranges, kind):
 
 @BOTH
 def test_a_size_that_was_announced_does_not_change(server, kind):
-    """Though no total was known."""
     fault = spoil(206, "bytes 0-299999/*", cut=150000, then=(NEW[:200000], None))
     file = File(OLD, faults=[Fault(**fault)])
     expected = CHANGED if kind == "pipe" else NEW[:200000]
@@ -2648,7 +2647,6 @@ def test_the_nodes_of_an_object_agree(server, other_server):
     ours = server.at("/1", File(LONGER, faults=[Fault(403, match="=0-", times=None)]))
     other = other_server.at("/1", File(OLD))
     test("pipe", CHANGED, (ours, ours), (other, ours))
-    # They part, and meet again.
     ours, other = [node.at("/2", Fault(403)) for node in (server, other_server)]
     file = File(OLD, '"1"', faults=[Fault(then=(NEW, '"2"'))])
     last = server.at("/3", file).replace("127.0.0.1", "localhost")
@@ -3709,11 +3707,13 @@ def test_checkpoints_beyond_a_damage_do_not_count_again(server, out):
     assert resume(server, url, out) >= SIZE - STEP
 
 
-def test_a_rerun_knows_each_object(server, out):
-    """Also one that was seen after the first checkpoint, and is replaced then."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_rerun_knows_each_object(server, out, shared):
+    """One that was seen after the first checkpoint, or shared a URL, is replaced."""
     new, paths = pattern(SIZE, 32), ("/first", "/file")
     urls = [server.at(path, File(DATA, '"%s"' % path)) for path in paths]
-    url = server.ticket([closed(url, 0, SIZE) for url in urls])
+    first = [urls[0], urls[not shared]]
+    url = server.ticket(lambda n: [closed(u, 0, SIZE) for u in (urls if n else first)])
     die(url, out, SIZE + DIED)
     server.at("/file", File(new, '"3"'))
     resume(server, url, out, DATA + new)
