@@ -118,8 +118,7 @@ _ACCEPT = "application/vnd.ga4gh.htsget.v1.3.0+json, */*;q=0.8"
 _FIELDS = "QNAME FLAG RNAME POS MAPQ CIGAR RNEXT PNEXT TLEN SEQ QUAL".split()
 # The environment variable with which htslib's users allow tokens over plain http.
 _ALLOW_PLAIN = ("HTS_ALLOW_UNENCRYPTED_AUTHORIZATION_HEADER", "I understand the risks")
-# Query parameters that sign a URL. The short names of Azure and CloudFront are ordinary
-# parameters unless there is a signature, too.
+# Query parameters that sign a URL; the short names, only where there is a signature.
 _SIGNATURE = re.compile(r"(?i)x-(amz|goog|oss)-|(access_)?token\Z")
 _SIGNED = re.compile(
     _SIGNATURE.pattern + r"|(awsaccesskeyid|googleaccessid|sig|signature|expires|policy"
@@ -128,8 +127,7 @@ _SIGNED = re.compile(
 # New bytes that count as progress and reset the count of retries.
 _PROGRESS = 1 << 16
 # Seconds: the longest wait between two retries, unless `retry_wait` is longer; the
-# longest wait that a server can impose with Retry-After; the longest timeout (poll()
-# takes it as milliseconds in a C int).
+# longest Retry-After; the longest timeout (poll() takes milliseconds in a C int).
 _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 3600.0
 _LONGEST_TIMEOUT = 2e6
@@ -1025,8 +1023,7 @@ class _Retry:
 # of data blocks. Promises 1 (a body that is cut short, or whose framing is in doubt, is
 # an error) and 3 (`stop` ends every wait).
 
-# What the standard library raises for broken connections and malformed responses, and
-# for an idle connection that the server has closed.
+# What the library raises for broken connections and responses, and for dead idle ones.
 _BROKEN = (OSError, http.client.HTTPException, OverflowError, TypeError, ValueError)
 _DEAD = (ConnectionError, ssl.SSLError, http.client.BadStatusLine)
 # Headers that another origin may see: the caller's; of a block, as they are no secret.
@@ -2290,8 +2287,7 @@ class _Part:
         ask, block, trouble = self._ask, self.block, self._trouble
         status, crowded = trouble.pop("status", 0), trouble.pop("crowded", 0)
         trouble["repeats"] += crowded > 0
-        is_ignored = isinstance(error, _IgnoresRange)
-        trouble["ignored"] = trouble["ignored"] + 1 if is_ignored else 0
+        trouble["ignored"] = (trouble["ignored"] + 1) * isinstance(error, _IgnoresRange)
         is_free = self.is_complete() or ask.request.renewal != block.request.renewal
         if is_free or (isinstance(error, _EndedEarly) and has_new):
             return
@@ -2302,7 +2298,7 @@ class _Part:
             self._transfer.transport.wait(error._retry_after)
         elif status in _REFUSED_STATUS:
             self._descend(error, ask)
-        elif is_ignored:
+        elif trouble["ignored"]:
             if trouble["ignored"] > 1:
                 is_proven = block.object.is_proven
                 self._pause(RetryableError(str(error)) if is_proven else error, retry)
@@ -2696,15 +2692,18 @@ class _Window:
 # name only when it is complete (promise 1), and what was fetched is kept (promise 2).
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Add the path to errors of a file that was opened here."""
-    try:
-        yield
-    except OSError as error:
-        if not path or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, path) from None
+class _Naming:
+    """Adds the path to errors of a file that was opened here."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._path and isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, self._path) from None
 
 
 class _Output:
@@ -2713,6 +2712,7 @@ class _Output:
     def __init__(self, stream: Any, path: str = "") -> None:
         self._stream = stream
         self.path = path
+        self._naming = _Naming(path)
         # What messages call it.
         self.name = os.path.basename(path or "output")
         # How many bytes of the last write got there.
@@ -2735,7 +2735,7 @@ class _Output:
 
     def write(self, data: bytes) -> None:
         self.taken = 0
-        with _naming(self.path):
+        with self._naming:
             while self.taken < len(data):
                 rest = data[self.taken :]
                 count = self._stream.write(rest)
@@ -2754,13 +2754,13 @@ class _Output:
         return 0
 
     def truncate(self, position: int) -> None:
-        with _naming(self.path):
+        with self._naming:
             self._stream.seek((self._start or 0) + position)
             self._stream.truncate()
 
     def commit(self, size: int) -> None:
         """The data is complete, `size` bytes: have it on the disk."""
-        with _naming(self.path):
+        with self._naming:
             if hasattr(self._stream, "flush"):
                 self._stream.flush()
             try:
@@ -2869,7 +2869,7 @@ class _PathOutput(_KeptFile):
         self._start = 0
 
     def kept(self, start: int, stop: int) -> Iterator[bytes]:
-        with _naming(self.path):
+        with self._naming:
             self._stream.seek(start)
             while start < min(stop, self.size()):
                 data = self._stream.read(min(_CHUNK, stop - start))
@@ -2893,7 +2893,7 @@ class _PathOutput(_KeptFile):
         super().commit(size)
         self.require_in_place(size)
         self.journal.require_untouched()
-        with _naming(self.path):
+        with self._naming:
             # Some file systems rename no open file, or report a full quota only here.
             self._stream.close()
         try:
