@@ -843,12 +843,12 @@ def _check_ticket(ticket: Ticket) -> None:
             raise ProtocolError("%s: %s", what, problem)
 
 
-# A few thousand octets, percent-encoded, or any number that are not.
-_ENCODED = re.compile("(?:%[0-9A-Fa-f]{2}|%|[^%]+){1,9999}")
-
-
 def _is_inline(block: DataBlock) -> bool:
     return block.url[:5].lower() == "data:"
+
+
+# A few thousand octets, percent-encoded, or any number that are not.
+_ENCODED = re.compile("(?:%[0-9A-Fa-f]{2}|%|[^%]+){1,9999}")
 
 
 def _decode_data_uri(uri: str, what: str) -> bytes:
@@ -1698,8 +1698,8 @@ class _Object:
         # The number of the first block that shares it: its name in the journal.
         self.number = number
         self.known: _Evidence = kin.known._replace(etag="") if kin else _Evidence("")
-        # A changed Range has worked in this run; nodes with different ETags take turns.
-        self.is_proven = self.has_two_nodes = self.was_contradicted = False
+        # A changed Range has worked; replicas with two ETags take turns behind a name.
+        self.is_proven = self.has_two_replicas = self.was_contradicted = False
         self._origin = _origin(url)
         # The nodes, by origin, that renewed URLs lead to: `kin` is one of them.
         self._nodes: Dict[Any, _Object] = kin._nodes if kin else {}
@@ -1724,7 +1724,7 @@ class _Object:
             self.check(evidence)
             known = self.known
             if evidence.etag and known.etag and ask.is_after_contradiction:
-                self.has_two_nodes = True
+                self.has_two_replicas = True
             if evidence.total is None or not (known.total is None or known.is_slice):
                 evidence = known._replace(etag=evidence.etag)
             self.known = evidence._replace(etag=known.etag or evidence.etag)
@@ -2321,7 +2321,7 @@ class _Part:
         trouble = self._trouble
         trouble["contradictions"] += 1
         if trouble["contradictions"] > _REPLICA_ATTEMPTS:
-            if not self.block.object.has_two_nodes:
+            if not self.block.object.has_two_replicas:
                 where = _shown(self.block.request.url), error
                 raise _ObjectChanged("%s: %s" % where)
             trouble["contradictions"] = 0
@@ -2374,11 +2374,11 @@ def _bounded(block: _Block, reply: _Reply, position: int) -> Iterator[bytes]:
             if span.is_in_doubt:
                 text = "the server ignores the Range header"
                 raise _IgnoresRange(_of(block, response, text))
-            text = _of(block, response, "more data than announced")
+            text = "more data than announced"
             if offset - len(data) > position:
                 # Nothing shows which bytes are right.
-                raise _ObjectChanged(text)
-            raise ProtocolError(text, transient=True)
+                raise _ObjectChanged(_of(block, response, text))
+            raise _damaged(block, response, text)
         yield data
 
 
